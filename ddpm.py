@@ -1,0 +1,423 @@
+"""The mathematics of diffusion: noise schedule, forward process, training loss, samplers. No network, no file.
+
+Notation: x_t = alpha_t x0 + sigma_t eps with alpha_t^2 = alpha_bar_t and alpha_t^2 + sigma_t^2 = 1, t = 0 .. T-1;
+lambda = log(alpha/sigma) is half the log signal-to-noise ratio. Tables are float64 on the CPU, made once; they are
+applied in the state's precision, float32 or better.
+
+A sampler is a function (schedule, timesteps) -> table: one row of numbers a step, and `step` applies one row to each
+image. Every sampler here is linear in what it has seen, so a row is a small matrix (see `step`), and images at
+different steps of different samplers share one call of the network.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+VARIANCES = ("fixed_small", "fixed_large")
+SPACINGS = ("leading", "linspace", "trailing", "logsnr")
+LOSSES = ("mse", "min_snr")
+DENSITIES = ("uniform", "lognormal")
+
+
+# ---- noise schedule --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule under the names of diffusers' DDPMScheduler, whose configuration file it reads and writes."""
+
+    num_train_timesteps: int = 1000  # T
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None  # given betas, in place of the four fields above
+    variance_type: str = "fixed_small"  # of the ancestral sampler
+    clip_sample: bool = True  # clamp estimates of x0 to +-clip_sample_range
+    clip_sample_range: float = 1.0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"  # of the ancestral sampler with fewer than T steps
+    steps_offset: int = 0  # added to "leading" timesteps
+    rescale_betas_zero_snr: bool = False  # Lin et al. 2024, "Common Diffusion Noise Schedules ... Are Flawed", alg. 1
+
+    def __post_init__(self):
+        choices = {
+            "beta_schedule": BETA_SCHEDULES,
+            "variance_type": VARIANCES,
+            "prediction_type": PREDICTIONS,
+            "timestep_spacing": SPACINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not implemented; implemented: {allowed}")
+        if type(self.num_train_timesteps) is not int or not 2 <= self.num_train_timesteps <= 100_000:
+            raise ValueError(f"num_train_timesteps must be from 2 to 100000, not {self.num_train_timesteps!r}")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
+        betas = self.trained_betas or (self.beta_start, self.beta_end)
+        if not all(0 < beta < 1 for beta in betas):
+            raise ValueError("betas must lie between 0 and 1")
+        if self.clip_sample and not self.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, not {self.clip_sample_range!r}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr cannot go with the prediction of epsilon: at the last timestep x_t is all "
+                "noise and says nothing of x0; use v_prediction or sample"
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "Schedule":
+        """From the keys of a `scheduler_config.json`. ValueError names what is not implemented."""
+        config = dict(config)
+        kind = config.get("_class_name", "DDPMScheduler")
+        if kind != "DDPMScheduler":
+            raise ValueError(f"scheduler {kind!r} is not implemented; save the pipeline with a DDPMScheduler")
+        if config.pop("thresholding", False):
+            raise ValueError("thresholding is not implemented")
+        for name in ("dynamic_thresholding_ratio", "sample_max_value"):  # mean nothing without thresholding
+            config.pop(name, None)
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        if unknown := sorted(config.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"the scheduler's configuration has keys that are not implemented: {', '.join(unknown)}")
+        if config.get("trained_betas") is not None:
+            config["trained_betas"] = tuple(config["trained_betas"])
+        try:
+            return cls(**config)
+        except TypeError as error:  # a string where a number belongs, say
+            raise ValueError(f"the scheduler's configuration has a value of the wrong type: {error}") from error
+
+    def to_dict(self) -> dict:
+        """The keys of `scheduler_config.json`."""
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"thresholding": False, **config}
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """(T,) float64: the signal's share of the variance, decreasing in t."""
+        steps = self.num_train_timesteps
+        if self.trained_betas is not None:
+            betas = torch.tensor(self.trained_betas, dtype=torch.float64)
+        elif self.beta_schedule == "linear":  # Ho et al. 2020, section 4
+            betas = torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float64)
+        elif self.beta_schedule == "scaled_linear":  # Rombach et al. 2022
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float64) ** 2
+        elif self.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+            time = torch.arange(steps + 1, dtype=torch.float64) / steps
+            f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:  # sigmoid in beta, as GeoDiff (Xu et al. 2022) and diffusers have it
+            sigmoid = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
+            betas = sigmoid * (self.beta_end - self.beta_start) + self.beta_start
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        if self.rescale_betas_zero_snr:
+            first, last = alpha_bar[0].sqrt(), alpha_bar[-1].sqrt()
+            alpha_bar = ((alpha_bar.sqrt() - last) * first / (first - last)) ** 2
+        return alpha_bar
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.alpha_bar.sqrt()
+
+    @property
+    def sigma(self) -> Tensor:
+        return (1 - self.alpha_bar).sqrt()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def training_table(schedule: Schedule, loss: str = "mse", gamma: float = 5.0) -> Tensor:
+    """(T, 5) float64: alpha and sigma of x_t = alpha x0 + sigma eps; the target's coefficients of x0 and eps; the
+    loss's weight: 1, or min-SNR-gamma (Hang et al. 2023, section 3.4), stated there for the error of x0."""
+    alpha, sigma = schedule.alpha, schedule.sigma
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    on_x0, on_eps = {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-sigma, alpha)}[
+        schedule.prediction_type
+    ]
+    if loss == "mse":
+        weight = one
+    elif loss == "min_snr":
+        snr = alpha**2 / sigma**2
+        # An error of the prediction is so many times the error of x0: eps snr, x0 1, v snr + 1 (squared errors).
+        times = {"epsilon": snr, "sample": one, "v_prediction": snr + 1}[schedule.prediction_type]
+        weight = snr.clamp(max=gamma) / times
+    else:
+        raise ValueError(f"loss {loss!r} is not implemented; implemented: {LOSSES}")
+    return torch.stack([alpha, sigma, on_x0, on_eps, weight], dim=1)
+
+
+def noisy_and_target(table: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x0 and eps (B, C, H, W) float, t (B,), table as `training_table` on their device -> x_t, what to predict."""
+    alpha, sigma, on_x0, on_eps, _ = table[t].to(x0.dtype)[..., None, None, None].unbind(1)
+    return alpha * x0 + sigma * eps, on_x0 * x0 + on_eps * eps
+
+
+def losses(table: Tensor, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+    """Weighted squared error of each image, (B,) float32, the mean over its values (Ho et al. 2020, eq. 14)."""
+    return table[t, 4].float() * (output.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+def timestep_cdf(schedule: Schedule, density: str = "uniform", mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """(T,) float64 cumulative distribution of the training timesteps, for `draw_timesteps`.
+
+    "lognormal": log(sigma/alpha) ~ N(mean, std^2), the noise levels of Karras et al. 2022 (EDM, table 1) on this
+    schedule; a timestep gets the density times the width that it covers of log(sigma/alpha)."""
+    if density == "uniform":
+        weights = torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
+    elif density == "lognormal":
+        log_noise = (schedule.sigma / schedule.alpha).log()
+        if log_noise[-1].isinf():  # zero terminal SNR: as rare as the timestep before it
+            log_noise[-1] = 2 * log_noise[-2] - log_noise[-3]
+        weights = torch.exp(-(((log_noise - mean) / std) ** 2) / 2) * torch.gradient(log_noise)[0]
+    else:
+        raise ValueError(f"timestep density {density!r} is not implemented; implemented: {DENSITIES}")
+    return torch.cumsum(weights / weights.sum(), 0)
+
+
+def draw_timesteps(cdf: Tensor, uniform: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) -> int64 timesteps, by inversion."""
+    return torch.searchsorted(cdf, uniform.to(cdf.dtype), right=True).clamp(max=len(cdf) - 1)
+
+
+# ---- samplers: tables of coefficients --------------------------------------------------------------------------------
+
+# A row of a table: the timestep, the coefficients of x and of the network's output in the estimate of x0, the bound
+# that this estimate is clamped to, and a matrix that makes the new state from the old.
+TIMESTEP, X0_FROM_X, X0_FROM_OUTPUT, CLIP, MATRIX = range(5)
+# The state is x and three memories, whatever a sampler likes to keep there. The matrix has a row for each of them and
+# a column for each of them and for the new estimate of x0 and fresh noise.
+X, M1, M2, M3, X0, NOISE = range(6)
+STATE, TERMS = 4, 6
+
+
+def timesteps(schedule: Schedule, steps: int, spacing: str) -> list[int]:
+    """`steps` timesteps, descending. The first three spacings are those of Lin et al. 2024, table 2, and of diffusers;
+    "logsnr" is uniform in lambda (Lu et al. 2022, DPM-Solver, section 3.4). ValueError unless 1 <= steps <= T."""
+    total = schedule.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be from 1 to {total}, the timesteps this model was trained with, not {steps}")
+    if spacing == "leading":
+        times = [i * (total // steps) + schedule.steps_offset for i in range(steps)][::-1]
+    elif spacing == "linspace":
+        times = [round(i * ((total - 1) / max(steps - 1, 1))) for i in range(steps)][::-1]
+    elif spacing == "trailing":
+        times = [round(total - i * (total / steps)) - 1 for i in range(steps)]
+    elif spacing == "logsnr":
+        lam = (schedule.alpha / schedule.sigma).log()
+        if lam[-1].isinf():  # zero terminal SNR: space the rest from the timestep before it
+            lam[-1] = lam[-2]
+        nodes = torch.linspace(float(lam[-1]), float(lam[0]), steps, dtype=torch.float64)
+        times = (nodes[:, None] - lam[None, :]).abs().argmin(dim=1).tolist()
+        times[0] = total - 1
+        for i in range(1, steps):  # the nearest timesteps of two nodes may be one: move down, then up from below
+            times[i] = min(times[i], times[i - 1] - 1)
+        times = [max(time, steps - 1 - i) for i, time in enumerate(times)]
+    else:
+        raise ValueError(f"spacing {spacing!r} is not implemented; implemented: {SPACINGS}")
+    if times[0] >= total:
+        raise ValueError(f"steps_offset {schedule.steps_offset} leads past the last timestep with {steps} steps")
+    return times
+
+
+def _path(schedule: Schedule, times: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha_bar, alpha and sigma at the listed timesteps and, last, at the clean image: (S + 1,) each."""
+    alpha_bar = torch.cat([schedule.alpha_bar[list(times)], torch.ones(1, dtype=torch.float64)])
+    return alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _table(schedule: Schedule, times: Sequence[int], matrix: Tensor) -> Tensor:
+    """A sampler's matrices (S, 4, 6), with the columns that are the same for all samplers, as a table (S, 28)."""
+    _, alpha, sigma = (values[:-1] for values in _path(schedule, times))
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    from_x, from_output = {
+        "epsilon": lambda: (1 / alpha, -sigma / alpha),
+        "sample": lambda: (zero, one),
+        "v_prediction": lambda: (alpha, -sigma),
+    }[schedule.prediction_type]()
+    clip = torch.full_like(alpha, schedule.clip_sample_range if schedule.clip_sample else math.inf)
+    times = torch.tensor(times, dtype=torch.float64)
+    table = torch.cat([torch.stack([times, from_x, from_output, clip], dim=1), matrix.flatten(1)], dim=1)
+    assert table[:, [0, 1, 2]].isfinite().all() and matrix.isfinite().all()
+    return table
+
+
+def _zeros(times: Sequence[int]) -> Tensor:
+    return torch.zeros(len(times), STATE, TERMS, dtype=torch.float64)
+
+
+def ddpm(schedule: Schedule, times: Sequence[int]) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2 and eq. 7), respaced to the listed timesteps (Nichol & Dhariwal
+    2021, section 4). No noise is added at the last step, whatever its timestep."""
+    alpha_bar, _, _ = _path(schedule, times)
+    now, previous = alpha_bar[:-1], alpha_bar[1:]
+    alpha = now / previous
+    beta = 1 - alpha
+    variance = beta * ((1 - previous) / (1 - now) if schedule.variance_type == "fixed_small" else 1)
+    matrix = _zeros(times)
+    matrix[:, X, X] = alpha.sqrt() * (1 - previous) / (1 - now)
+    matrix[:, X, X0] = previous.sqrt() * beta / (1 - now)
+    matrix[:-1, X, NOISE] = variance[:-1].sqrt()
+    return _table(schedule, times, matrix)
+
+
+def ddim(schedule: Schedule, times: Sequence[int], eta: float = 0.0) -> Tensor:
+    """Song et al. 2021, "Denoising Diffusion Implicit Models", eq. 12 and 16; eta 0 is deterministic, eta 1 adds as
+    much noise as ancestral sampling. The step goes to the next listed timestep, and epsilon follows a clipped x0."""
+    alpha_bar, alpha, sigma = _path(schedule, times)
+    now, previous = alpha_bar[:-1], alpha_bar[1:]
+    noise = eta * ((1 - previous) / (1 - now) * (1 - now / previous)).sqrt()
+    direction = (1 - previous - noise**2).clamp(min=0).sqrt() / sigma[:-1]  # times x - alpha X0 = sigma eps
+    matrix = _zeros(times)
+    matrix[:, X, X] = direction
+    matrix[:, X, X0] = alpha[1:] - direction * alpha[:-1]
+    matrix[:-1, X, NOISE] = noise[:-1]
+    return _table(schedule, times, matrix)
+
+
+def dpm_solver_pp(schedule: Schedule, times: Sequence[int]) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2); memory 1 is the last estimate of x0. First order at the first
+    step, at the last, which ends at sigma = 0, and nowhere else."""
+    _, alpha, sigma = _path(schedule, times)
+    h = torch.diff((alpha / sigma).log())
+    matrix = _zeros(times)
+    for i in range(len(times)):
+        slope = 0.5 * h[i] / h[i - 1] if 0 < i < len(times) - 1 else 0.0  # on X0 - M1
+        gain = -alpha[i + 1] * torch.expm1(-h[i])
+        matrix[i, X, X] = sigma[i + 1] / sigma[i]
+        matrix[i, X, X0] = gain * (1 + slope)
+        matrix[i, X, M1] = -gain * slope
+        matrix[i, M1, X0] = 1
+    return _table(schedule, times, matrix)
+
+
+def unipc(schedule: Schedule, times: Sequence[int]) -> Tensor:
+    """UniPC of order 2 with B(h) = e^h - 1, "bh2" (Zhao et al. 2023, algorithms 5 and 6), on estimates of x0.
+
+    Each step first corrects the x that the last step predicted, with the estimate of x0 made there, then predicts with
+    DPM-Solver++(2M): one call of the network. Memories: the corrected x and estimate of the last step (M1, M2), and
+    the estimate before (M3). First order at the first step and the last."""
+    _, alpha, sigma = _path(schedule, times)
+    h = torch.diff((alpha / sigma).log())
+    matrix = _zeros(times)
+    for i in range(len(times)):
+        corrected = torch.zeros(TERMS, dtype=torch.float64)
+        if i == 0:
+            corrected[X] = 1
+        else:
+            gain, on_m2, on_x0 = -alpha[i] * torch.expm1(-h[i - 1]), 0.0, 0.5
+            if i > 1:
+                q, ratio = -h[i - 1], -h[i - 2] / h[i - 1]
+                e = torch.expm1(q)
+                b1 = (e / q - 1) / e
+                b2 = 2 * ((e / q - 1) / q - 0.5) / e
+                rho = (b1 - b2) / (1 - ratio)
+                on_m2, on_x0 = -rho / ratio, b1 - rho  # on M2 - M3, and on X0 - M2
+            corrected[M1] = sigma[i] / sigma[i - 1]
+            corrected[X0] = gain * on_x0
+            corrected[M2] = gain * (1 + on_m2 - on_x0)
+            corrected[M3] = -gain * on_m2
+        slope = 0.5 * h[i] / h[i - 1] if 0 < i < len(times) - 1 else 0.0  # on X0 - M2
+        gain = -alpha[i + 1] * torch.expm1(-h[i])
+        matrix[i, X] = sigma[i + 1] / sigma[i] * corrected
+        matrix[i, X, X0] += gain * (1 + slope)
+        matrix[i, X, M2] -= gain * slope
+        matrix[i, M1] = corrected
+        matrix[i, M2, X0] = 1
+        matrix[i, M3, M2] = 1
+    return _table(schedule, times, matrix)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "unipc": unipc}
+DEFAULT_SAMPLER, DEFAULT_STEPS = "unipc", 20
+
+
+def plan(
+    schedule: Schedule,
+    sampler: str = DEFAULT_SAMPLER,
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """The table of a named sampler. Without `steps` 20, or T for "ddpm"; without `spacing` the schedule's own for
+    "ddpm", "logsnr" for the others. ValueError, one sentence, for a name or number that does not exist."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not implemented; implemented: {', '.join(SAMPLERS)}")
+    if eta and sampler != "ddim" or not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1 and goes with the sampler ddim, not {eta} with {sampler}")
+    ancestral = sampler == "ddpm"
+    if steps is None:
+        steps = schedule.num_train_timesteps if ancestral else min(DEFAULT_STEPS, schedule.num_train_timesteps)
+    times = timesteps(schedule, steps, spacing or (schedule.timestep_spacing if ancestral else "logsnr"))
+    return SAMPLERS[sampler](schedule, times, **({"eta": eta} if sampler == "ddim" else {}))
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def initial_state(x: Tensor) -> Tensor:
+    """x_T (N, C, H, W) -> state (N, 4, C, H, W) with empty memories."""
+    return torch.cat([x[:, None], x.new_zeros(len(x), STATE - 1, *x.shape[1:])], dim=1)
+
+
+def step(state: Tensor, output: Tensor, rows: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One step of each image, by its own row: the one place where a sampler's formula is applied.
+
+    state (N, 4, C, H, W) float32 or float64; output (N, C, H, W), the network's for x = state[:, 0]; rows (N, 28)
+    float64 on the CPU; noise (N, C, H, W), needed where a row has a coefficient for it. Returns the new state and the
+    estimates of x0 (N, C, H, W). An image's result depends on its own row, state, output and noise alone."""
+    matrix = rows[:, MATRIX:].unflatten(1, (STATE, TERMS))
+    used = (matrix != 0).any(dim=0).tolist()  # a term that no image needs is left out, not multiplied by zero
+    numbers = rows.to(state.device, state.dtype)[..., None, None, None]  # (N, 28, 1, 1, 1)
+    x0 = numbers[:, X0_FROM_X] * state[:, X] + numbers[:, X0_FROM_OUTPUT] * output.to(state.dtype)
+    x0 = torch.clamp(x0, -numbers[:, CLIP], numbers[:, CLIP])
+    terms = [*state.unbind(1), x0, noise]
+    new = torch.zeros_like(state)
+    for i in range(STATE):
+        for j in range(TERMS):
+            if used[i][j]:
+                new[:, i].addcmul_(numbers[:, MATRIX + i * TERMS + j], terms[j])
+    return new, x0
+
+
+def normal(generators: Sequence[torch.Generator], shape: Sequence[int], patch_size: int = 1) -> Tensor:
+    """One standard normal image of shape (C, H, W) from each generator, (N, C, H, W) float32 on their device.
+
+    With patches the numbers are drawn in the inner network's layout (C p^2, H/p, W/p), and their pixels shuffled: so
+    the inner network, opened on its own by diffusers, is given the same noise by the same generator."""
+    channels, height, width = shape
+    inner = (1, channels * patch_size**2, height // patch_size, width // patch_size)
+    drawn = torch.cat([torch.randn(inner, generator=g, device=g.device) for g in generators])
+    return F.pixel_shuffle(drawn, patch_size)
+
+
+@torch.inference_mode()
+def draw(
+    network: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    table: Tensor,
+    generators: Sequence[torch.Generator],
+    shape: Sequence[int],
+    *,
+    device: str | torch.device = "cpu",
+    labels: Tensor | None = None,
+    patch_size: int = 1,
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draws one image of shape (C, H, W) for each generator, from which x_T and each step's noise are taken: float32
+    (N, C, H, W). `progress(i, x0)` is called after step i with the estimates of x0."""
+    state = initial_state(normal(generators, shape, patch_size).to(device))
+    for i, row in enumerate(table):
+        rows = row.expand(len(state), -1)
+        t = torch.full((len(state),), int(row[TIMESTEP]), device=device)
+        output = network(state[:, X], t, labels)
+        noisy = bool(row[MATRIX + NOISE] != 0)  # no number is taken from a generator where none is used
+        noise = normal(generators, shape, patch_size).to(device) if noisy else None
+        state, x0 = step(state, output, rows, noise)
+        if progress:
+            progress(i, x0)
+    return state[:, X]

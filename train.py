@@ -1,0 +1,742 @@
+"""A data set in, a model folder out: one loop, to be read from top to bottom.
+
+    python train.py --data FOLDER                               the device decides how large the network is
+    python train.py --data FOLDER --preset nano --steps 2000    32 px, minutes on a laptop
+    python train.py --resume runs/x                             goes on to the bit
+    python train.py --init MODEL --data FOLDER --lr 1e-4        fine-tunes
+    torchrun --nproc-per-node 4 train.py --data FOLDER          the same batch, on four GPUs
+
+Every draw (data order, flips, timesteps, noise, dropout) is a pure function of (seed, step, position in the batch), so
+a run that is stopped anywhere and resumed equals the run that was not, and the number of processes changes nothing.
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import ddpm
+import sample
+import unet
+from data import InputError
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: whole numbers separated by commas, or nothing."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [sample.whole_number(1, 65536)(part) for part in parts]
+
+
+def real(least: float, most: float = math.inf):
+    """An argparse type: a finite number in a range, refused in a sentence."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most):
+            bound = f"of at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+
+    return parse
+
+
+whole = sample.whole_number
+# name: (default, argparse type or choices or bool, one sentence), by group. What a preset sets stands in PRESETS.
+SETTINGS = {
+    "data": {
+        "data": ("smithsonian", str, "folder of images, parquet file, hub id, or smithsonian"),
+        "revision": (None, str, "commit or branch of a hub id"),
+        "size": (32, whole(8, 1024), "side of the images in pixels"),
+        "image_channels": (3, whole(1, 3), "3 for colour, 1 for grey"),
+        "classes": (False, bool, "learn the classes, so that sample.py can draw one with --class"),
+        "flips": (True, bool, "mirror half of the images left-right, anew each time"),
+    },
+    "network": {
+        "channels": ([64, 128, 192], numbers, "channels of each level; each next one has half the size"),
+        "attention": ([8], numbers, "sides, in the network's pixels, of the levels with attention"),
+        "layers": (1, whole(1, 16), "resnets a level"),
+        "head_dim": (32, whole(1, 4096), "channels of an attention head"),
+        "patch_size": (1, whole(1, 16), "pixels a side that enter the network as one"),
+        "dropout": (0.1, real(0, 0.99), "share of activations dropped inside resnets"),
+    },
+    "diffusion": {
+        "prediction": ("v_prediction", ddpm.PREDICTIONS, "what the network predicts"),
+        "noise_schedule": ("linear", ddpm.BETA_SCHEDULES, "how noise grows with the timestep"),
+        "zero_snr": (False, bool, "rescale the schedule so that its last timestep is noise alone"),
+        "timesteps": (1000, whole(2, 100_000), "timesteps of the noise schedule"),
+        "loss": ("mse", ddpm.LOSSES, "mse, or min_snr: min-SNR-gamma weighting"),
+        "gamma": (5.0, real(0.01), "of min_snr"),
+        "density": ("lognormal", ddpm.DENSITIES, "of training timesteps; lognormal is in sigma/alpha"),
+        "density_mean": (-0.8, real(-20, 20), "of log(sigma/alpha), for lognormal"),
+        "density_std": (1.6, real(0.01, 20), "of log(sigma/alpha), for lognormal"),
+    },
+    "optimisation": {
+        "steps": (5000, whole(1, 10**9), "updates of the weights"),
+        "epochs": (None, whole(1, 10**6), "passes over the data, in place of --steps"),
+        "batch_size": (16, whole(1, 65536), "images an update, over all processes"),
+        "accumulate": (1, whole(1, 4096), "parts that a process cuts its share of the batch into, to save memory"),
+        "lr": (1e-3, real(0), "highest learning rate of AdamW"),
+        "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
+        "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
+        "weight_decay": (0.01, real(0), "of AdamW"),
+        "clip": (1.0, real(1e-6), "bound on the gradient's norm"),
+        "ema": (500_000, whole(0), "half-life of the weights' average in images, at most a tenth of those seen; 0: none"),
+        "seed": (0, whole(0), "of everything random"),
+    },
+    "watching": {
+        "log_every": (20, whole(1), "steps between lines of metrics.jsonl"),
+        "eval_every": (500, whole(1), "steps between held-out losses"),
+        "preview_every": (500, whole(1), "steps between grids of samples"),
+        "save_every": (500, whole(1), "steps between checkpoints"),
+        "keep": (2, whole(1, 1000), "newest checkpoints to keep"),
+    },
+    "machine": {
+        "device": (None, str, "cpu, cuda or mps (default: the fastest there is)"),
+        "precision": (None, tuple(sample.PRECISIONS), "of AMP (default: bf16 where the hardware has it)"),
+        "compile": (None, bool, "torch.compile the network (default: on a GPU)"),
+    },
+}
+DEFAULTS = {name: row[0] for group in SETTINGS.values() for name, row in group.items()}
+
+PRESETS = {
+    "nano": {},
+    "small": {"size": 64, "channels": [64, 128, 192, 256], "attention": [16, 8], "head_dim": 64, "batch_size": 32,
+              "lr": 5e-4, "warmup": 500, "steps": 30_000, "eval_every": 1000, "preview_every": 1000,
+              "save_every": 1000},
+    "base": {"size": 128, "channels": [64, 128, 256, 384], "attention": [16, 8], "layers": 2, "head_dim": 64,
+             "patch_size": 2, "batch_size": 64, "lr": 4e-4, "warmup": 1000, "steps": 60_000, "density_mean": -0.4,
+             "eval_every": 1000, "preview_every": 1000, "save_every": 1000},
+    # The network and recipe of the diffusers butterfly tutorial.
+    "classic": {"size": 128, "channels": [128, 128, 256, 256, 512, 512], "attention": [8], "layers": 2, "head_dim": 8,
+                "dropout": 0.0, "prediction": "epsilon", "density": "uniform", "batch_size": 16, "lr": 1e-4,
+                "warmup": 500, "epochs": 30, "ema": 0},
+}  # fmt: skip
+DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
+RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # flags that may change when a run goes on
+NETWORK = {*SETTINGS["network"], "image_channels", "classes"} - {"dropout"}  # what --init takes from the model,
+SCHEDULE = {"prediction", "noise_schedule", "zero_snr", "timesteps"}  # with these
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The run's own arguments, and the settings that were given as flags."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a diffusion model on images. Settings come from, in rising order: defaults, --preset, "
+        "--config, flags.",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="new folder of the run (default: runs/ and the date)")
+    group.add_argument("--preset", choices=PRESETS, help="nano 32 px, small 64 px, base and classic 128 px "
+                       "(default: base on cuda, small on mps, nano on cpu)")  # fmt: skip
+    group.add_argument("--config", type=Path, help="repeat a run from its config.json")
+    group.add_argument("--resume", type=Path, help="go on with this run; to extend a finished one, add --steps")
+    group.add_argument("--init", help="start from the weights of this run or model folder")
+    for title, rows in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, kind, sentence) in rows.items():
+            changed = {preset: values[name] for preset, values in PRESETS.items() if name in values}
+            shown = [f"default {_show(default)}"] * (default is not None)
+            shown += [f"{preset} {_show(value)}" for preset, value in changed.items()]
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+            sentence = f"{sentence} ({'; '.join(shown)})" if shown else sentence
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=sentence.replace("%", "%%"), **how)
+    args = vars(parser.parse_args(argv))
+    given = {name: value for name, value in args.items() if name in DEFAULTS}
+    run = argparse.Namespace(**{name: value for name, value in args.items() if name not in DEFAULTS})
+    return run, given
+
+
+def _show(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+
+
+def resolve(run: argparse.Namespace, given: dict, device: torch.device) -> dict:
+    """All settings of a new run: defaults, then preset, then a run's config.json, then flags."""
+    if "steps" in given and "epochs" in given:
+        raise InputError("--steps and --epochs say the same thing; give one of them")
+    settings = DEFAULTS | {"init": None}
+    if run.config:
+        content = sample.read_json(run.config)
+        if not isinstance(content.get("settings"), dict) or content["settings"].keys() - settings.keys():
+            raise InputError(f"--config {run.config} is no config.json of a run")
+        settings |= content["settings"] | PRESETS.get(run.preset, {})
+    else:
+        settings |= PRESETS[run.preset or DEVICE_PRESETS[device.type]]
+    settings |= given | {"init": run.init or settings["init"]}
+    if "steps" in given:
+        settings["epochs"] = None
+    settings["device"] = device.type
+    settings["precision"] = settings["precision"] or sample.choose_precision(device)
+    if settings["precision"] == "bf16" and device.type == "mps":
+        raise InputError("--precision bf16 is not implemented for mps; choose fp32")
+    settings["compile"] = device.type == "cuda" if settings["compile"] is None else settings["compile"]
+    if settings["init"]:
+        if clash := sorted((NETWORK | SCHEDULE) & given.keys()):
+            raise InputError(f"--{clash[0].replace('_', '-')} comes from the model that --init names; leave it out")
+    return settings
+
+
+def design(settings: dict, classes: Sequence[str]) -> tuple[unet.UNetConfig, ddpm.Schedule]:
+    """The network and the noise schedule that the settings describe."""
+    widths, patch = settings["channels"], settings["patch_size"]
+    if not widths or settings["size"] % patch or settings["size"] // patch % 2 ** (len(widths) - 1):
+        raise InputError(
+            f"--size {settings['size']} must be a multiple of {patch * 2 ** max(len(widths) - 1, 0)}: "
+            f"{len(widths)} levels, each half the size of the one before, and patches of {patch}"
+        )
+    sides = [settings["size"] // patch // 2**i for i in range(len(widths))]
+    if unknown := sorted(set(settings["attention"]) - set(sides)):
+        raise InputError(f"--attention {unknown[0]}: the levels' sides are {', '.join(map(str, sides))}")
+    down = tuple("AttnDownBlock2D" if side in settings["attention"] else "DownBlock2D" for side in sides)
+    groups = math.gcd(32, *widths)
+    channels = settings["image_channels"] * patch**2
+    try:
+        config = unet.UNetConfig(
+            sample_size=sides[0],
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=down,
+            up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+            block_out_channels=tuple(widths),
+            layers_per_block=settings["layers"],
+            attention_head_dim=settings["head_dim"],
+            norm_num_groups=groups,
+            dropout=settings["dropout"],
+            num_class_embeds=len(classes) if settings["classes"] else None,
+            class_names=tuple(classes) if settings["classes"] else None,
+            patch_size=patch,
+        )
+        with torch.device("meta"):
+            unet.UNet(config)  # heads must divide channels
+        schedule = ddpm.Schedule(
+            num_train_timesteps=settings["timesteps"],
+            beta_schedule=settings["noise_schedule"],
+            prediction_type=settings["prediction"],
+            rescale_betas_zero_snr=settings["zero_snr"],
+        )
+    except ValueError as error:
+        raise InputError(f"the settings do not go together: {error}") from error
+    return config, schedule
+
+
+def learning_rate(settings: dict, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017) or a constant."""
+    warmup = settings["warmup"]
+    if step < warmup:
+        return settings["lr"] * (step + 1) / (warmup + 1)
+    if settings["decay"] == "constant":
+        return settings["lr"]
+    progress = (step - warmup) / max(settings["steps"] - warmup, 1)
+    return settings["lr"] * (1 + math.cos(math.pi * progress)) / 2
+
+
+def ema_weight(settings: dict, step: int) -> float:
+    """Of the newest weights in their average. The half-life grows to a tenth of the images seen, so that short runs
+    forget their beginning as well as long ones (Karras et al. 2022, EDM, ramps up in the same way)."""
+    half_life = min(settings["ema"], 0.1 * settings["batch_size"] * (step + 1))
+    return 1 - 0.5 ** (settings["batch_size"] / half_life) if half_life else 1.0
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
+    """One file, its SHA-256 at the end, put in place by one rename; older ones are pruned only after it."""
+
+    def write(file):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+    data.atomic_write(folder / f"checkpoint-{step:08d}.pt", write)
+    for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint that is whole, or None. A damaged one is named and passed over."""
+    for file in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
+        content = file.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+        print(f"{file} is damaged; trying the one before", file=sys.stderr)
+    return None
+
+
+def log(folder: Path, record: dict) -> None:
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint, a line cut off by a crash included: it will be logged again."""
+    path = folder / "metrics.jsonl"
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    data.atomic_write(path, lambda file: file.write("".join(kept).encode()))
+
+
+def versions() -> dict:
+    packages = {"torch": torch.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__}
+    return {"python": platform.python_version()} | packages
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def new_folder(out: Path | None) -> Path:
+    """Creates the run's folder. InputError for one that holds anything: a new run overwrites nothing."""
+    folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made: {error.strerror}") from error
+    if occupied:
+        raise InputError(f"--out {folder} is not empty; go on with it by --resume, or name a new folder")
+    return folder
+
+
+# ---- batches, held-out loss, pictures --------------------------------------------------------------------------------
+
+
+class Batches:
+    """The training batches: pure functions of (seed, step, position), cut to this process's share."""
+
+    def __init__(self, dataset, rows, settings: dict, cdf: Tensor, device: torch.device, rank: int, world: int):
+        self.seed, self.total, self.device = settings["seed"], settings["batch_size"], device
+        self.flips = settings["flips"]
+        self.mine = slice(rank * self.total // world, (rank + 1) * self.total // world)
+        self.rows = torch.from_numpy(rows)
+        self.images = torch.from_numpy(dataset.images)
+        self.labels = torch.from_numpy(dataset.labels).to(device) if settings["classes"] else None
+        self.cdf = cdf.to(device, torch.float32)
+        if device.type != "cpu" and dataset.images.nbytes < 2**31:  # small data lives on the device
+            self.images = self.images.to(device)
+
+    def indices(self, step: int) -> Tensor:
+        """Rows of the data set in the global batch of a step."""
+        return self.rows[data.batch_indices(len(self.rows), self.seed, step, self.total)]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """x0 (B, C, H, W) in [-1, 1], labels, timesteps and noise of this process's share of a step."""
+        indices = self.indices(step)[self.mine]
+        images = self.images[indices.to(self.images.device)].to(self.device, non_blocking=True)
+        if self.flips:
+            images = data.flip(images, self.seed, step, self.mine.start, self.total)
+        x0 = data.to_float(images)
+        # The whole batch's numbers are drawn and the share cut out, so that the cut changes no number.
+        random = data.generator(self.seed, "noise", step, device=self.device)
+        uniform = torch.rand(self.total, generator=random, device=self.device)[self.mine]
+        eps = torch.randn(self.total, *x0.shape[1:], generator=random, device=self.device)[self.mine]
+        labels = None if self.labels is None else self.labels[indices.to(self.device)]
+        return x0, labels, ddpm.draw_timesteps(self.cdf, uniform), eps
+
+
+class HeldOut:
+    """Up to 512 held-out images with fixed noise, at timesteps spread evenly over the training density."""
+
+    def __init__(self, dataset, rows, settings: dict, cdf: Tensor, device: torch.device):
+        rows = rows[:: math.ceil(len(rows) / 512)]
+        self.x0 = data.to_float(torch.from_numpy(dataset.images[rows])).to(device)
+        self.labels = torch.from_numpy(dataset.labels[rows]).to(device) if settings["classes"] else None
+        random = data.generator("held out")  # not the run's seed: runs are compared on the same noise
+        order = torch.randperm(len(rows), generator=random)
+        self.t = ddpm.draw_timesteps(cdf, (order + 0.5) / len(rows)).to(device)
+        self.eps = torch.randn(self.x0.shape, generator=random).to(device)
+        self.batch = settings["batch_size"]
+
+    @torch.no_grad()
+    def loss(self, network, table: Tensor, autocast) -> float:
+        values = []
+        for i in range(0, len(self.x0), self.batch):
+            part = slice(i, i + self.batch)
+            x_t, target = ddpm.noisy_and_target(table, self.x0[part], self.eps[part], self.t[part])
+            with autocast():
+                output = network(x_t, self.t[part], None if self.labels is None else self.labels[part])
+            values.append(ddpm.losses(table, output, target, self.t[part]))
+        return torch.cat(values).mean().item()
+
+
+def preview(network: unet.UNet, schedule: ddpm.Schedule, device: torch.device, autocast):
+    """A grid of 16 images, or 4 of large ones, in 10 calls of the network; the same seeds each time."""
+    config = network.config
+    count = 16 if max(config.image_size) <= 64 else 4
+    labels = torch.arange(count, device=device) % config.num_class_embeds if config.num_class_embeds else None
+    with autocast():
+        images = ddpm.draw(
+            network,
+            ddpm.plan(schedule, steps=min(10, schedule.num_train_timesteps)),
+            [sample.image_generator(seed) for seed in range(count)],
+            (config.image_channels, *config.image_size),
+            device=device,
+            labels=labels,
+            patch_size=config.patch_size,
+        )
+    return data.grid(data.to_uint8(images))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def backward(forward, table: Tensor, batch: tuple, accumulate: int, autocast, scaler, no_sync) -> Tensor:
+    """Gradients of the mean loss over this process's share of a batch, in `accumulate` parts; returns the loss."""
+    total = torch.zeros((), device=table.device)
+    parts = [part if part is not None else [None] * accumulate for part in
+             (None if tensor is None else tensor.chunk(accumulate) for tensor in batch)]  # fmt: skip
+    for i, (x0, labels, t, eps) in enumerate(zip(*parts, strict=True)):
+        x_t, target = ddpm.noisy_and_target(table, x0, eps, t)
+        with no_sync() if i < accumulate - 1 else nullcontext():
+            with autocast():
+                output = forward(x_t, t, labels)
+            loss = ddpm.losses(table, output, target, t).mean() / accumulate
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, autocast) -> tuple[float, float]:
+    """GFLOP and training seconds an image, timed on a small batch without touching weights. Where torch.compile finds
+    no compiler, says so in a line and goes back to eager."""
+    gflop = unet.flops(network.config, network.config.image_size) / 1e9
+    share = len(batches(0)[0]) // settings["accumulate"]
+    count = max(1, min(share, round(100 / gflop))) if not settings["compile"] else share
+    batch = tuple(None if tensor is None else tensor[:count] for tensor in batches(0))
+    scaler = torch.amp.GradScaler(enabled=False)
+    for attempt in range(3):
+        begin = time.perf_counter()
+        try:
+            backward(network, table, batch, 1, autocast, scaler, nullcontext).item()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not settings["compile"] or attempt:
+                raise
+            reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+            print(f"torch.compile does not work here ({reason}): going on without it", flush=True)
+            network.compile(disable=True)
+        network.zero_grad()
+        seconds = (time.perf_counter() - begin) / count
+    return gflop, seconds
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the loop to end after the step in hand, with everything saved."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.signal:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def start_resumed(run: argparse.Namespace, given: dict) -> dict:
+    """config.json of the run to go on with, its settings brought up to date with the few flags that may change."""
+    named = {name for name in ("out", "preset", "config", "init") if getattr(run, name) is not None}
+    if refused := sorted((given.keys() - RESUMABLE) | named):
+        flag = refused[0].replace("_", "-")
+        raise InputError(f"--{flag} cannot change when a run is resumed; start a new run, or leave it out")
+    saved = sample.read_json(run.resume / "config.json")
+    if not {"settings", "network", "schedule", "data"} <= saved.keys():
+        raise InputError(f"--resume {run.resume} is no run of train.py: its config.json lacks settings")
+    saved["settings"] |= given
+    if "steps" in given:
+        saved["settings"]["epochs"] = None
+    return saved
+
+
+def adopt(settings: dict, given: dict, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
+    """With --init: the network and schedule of a model, at the size asked for; settings follow the model."""
+    config = model.network.config
+    settings["size"] = given.get("size", config.image_size[0])
+    settings["image_channels"], settings["classes"] = config.image_channels, bool(config.num_class_embeds)
+    if settings["size"] % config.divisor:
+        raise InputError(f"--size {settings['size']} must be a multiple of {config.divisor} for this model")
+    if config.image_channels not in (1, 3) or config.out_channels != config.in_channels:
+        raise InputError(f"--init: a model of {config.in_channels} to {config.out_channels} channels cannot be trained")
+    side = settings["size"] // config.patch_size
+    return replace(config, sample_size=side, dropout=settings["dropout"]), model.schedule
+
+
+def describe(settings: dict, preset: str, network: unet.UNet, gflop: float, seconds: float, world: int) -> str:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    images = settings["steps"] * settings["batch_size"]
+    return (
+        f"{preset}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image\n"
+        f"{settings['steps']:,} steps of {settings['batch_size']} images on {settings['device']} in "
+        f"{settings['precision']}: about {timedelta(seconds=round(images * seconds / world))}"
+    )
+
+
+def average(averages: list[Tensor], parameters: list[Tensor], weight: Tensor) -> None:
+    """averages += weight (parameters - averages), where the weight lies on the device."""
+    differences = torch._foreach_sub(parameters, averages)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(averages, differences)
+
+
+def train(run: argparse.Namespace, given: dict) -> int:
+    # -- distributed set-up: torchrun sets these variables
+    rank, local, world = (int(os.environ.get(name, fallback)) for name, fallback in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    lead = rank == 0
+    saved = start_resumed(run, given) if run.resume else None
+    device = sample.choose_device(given.get("device") or (saved["settings"]["device"] if saved else None))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+    # -- settings
+    settings = saved["settings"] if saved else resolve(run, given, device)
+    start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
+    if start_model:
+        config, schedule = adopt(settings, given, start_model)
+    share = world * settings["accumulate"]
+    if settings["batch_size"] % share:
+        raise InputError(f"--batch-size {settings['batch_size']} must be a multiple of {share}: "
+                         "processes times --accumulate")  # fmt: skip
+
+    # -- data: the first process prepares it, the others find it prepared
+    if not lead:
+        dist.barrier()
+    dataset = data.prepare(settings["data"], settings["size"], channels=settings["image_channels"],
+                           revision=settings["revision"], progress=lead)  # fmt: skip
+    if lead and world > 1:
+        dist.barrier()
+    settings["data"] = dataset.source
+    rows, held_rows = data.split(dataset)
+    if saved and saved["data"]["fingerprint"] != dataset.fingerprint:
+        raise InputError(f"--resume {run.resume}: its data are no longer what they were ({settings['data']})")
+    if settings["classes"] and not dataset.classes:
+        raise InputError(f"--classes: the images of {settings['data']} have no classes; folders' names make them")
+    if settings["epochs"]:
+        settings["steps"] = math.ceil(settings["epochs"] * len(rows) / settings["batch_size"])
+
+    # -- model, or resume
+    if saved:
+        config, schedule = unet.UNetConfig.from_dict(saved["network"]), ddpm.Schedule.from_dict(saved["schedule"])
+    elif not start_model:
+        config, schedule = design(settings, dataset.classes)
+    if config.num_class_embeds and len(dataset.classes) > config.num_class_embeds:
+        raise InputError(f"{len(dataset.classes)} classes of images for a model of {config.num_class_embeds}")
+    torch.manual_seed(data.generator(settings["seed"], "weights").initial_seed())
+    network = unet.UNet(config)
+    if start_model:
+        network.load_state_dict(start_model.network.state_dict())
+    network = network.to(device=device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+
+    # -- optimizer
+    parameters, averages = list(network.parameters()), list(ema.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
+    precision = settings["precision"]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def autocast():
+        return torch.autocast(device.type, sample.PRECISIONS[precision], enabled=precision != "fp32")
+
+    # -- state: all that a resumed run needs beside (seed, step)
+    step, best = 0, math.inf
+    sums = torch.zeros(4, device=device)  # since the last line of metrics: loss, gradient norm, steps, overflows
+    if checkpoint := load_checkpoint(run.resume) if saved else None:
+        step, best = checkpoint["step"], checkpoint["best"]
+        for name, part in (("network", network), ("ema", ema), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(checkpoint[name])
+        sums.copy_(checkpoint["sums"])
+        del checkpoint
+    if step >= settings["steps"]:
+        raise InputError(f"{run.resume} has finished its {step} steps; to go on, give a larger number with --steps")
+
+    # -- batches, compile
+    table = ddpm.training_table(schedule, settings["loss"], settings["gamma"]).to(device, torch.float32)
+    cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
+    batches = Batches(dataset, rows, settings, cdf, device, rank, world)
+    held_out = HeldOut(dataset, held_rows, settings, cdf, device)
+    if settings["compile"]:
+        network.compile()
+    gflop, seconds = probe(network, batches, table, settings, autocast)
+
+    # -- the run's folder
+    folder = run.resume or (new_folder(run.out) if lead else None)
+    preset = "resumed" if saved else run.preset or ("configured" if run.config else DEVICE_PRESETS[device.type])
+    if lead:
+        kept = {"source": dataset.source, "revision": dataset.revision, "fingerprint": dataset.fingerprint,
+                "images": len(rows), "held_out": len(held_rows), "skipped": len(dataset.skipped)}  # fmt: skip
+        record = {"schema": 1, "settings": settings, "network": config.to_dict(), "schedule": schedule.to_dict(),
+                  "data": kept, "versions": versions(), "git_commit": git_commit(), "processes": world,
+                  "threads": torch.get_num_threads()}  # fmt: skip
+        sample.write_json(folder / "config.json", record)
+        cut_metrics(folder, step)
+        data.write_png(folder / "samples/data.png", data.grid(data.to_uint8(batches(0)[0][:64])))
+        print(f"{len(rows)} images to train on, {len(held_rows)} held out ({dataset.source})")
+        print(describe(settings, preset, network, gflop, seconds, world))
+        print(f"{folder}: " + (f"going on from step {step}" if step else "a new run"), flush=True)
+    forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    no_sync = forward.no_sync if world > 1 else nullcontext
+
+    def save(name: str) -> None:
+        write = sample.save_weights if (folder / name / "model_index.json").exists() else save_whole
+        write(folder / name, ema)
+
+    def save_whole(path: Path, ema: unet.UNet) -> None:
+        sample.save_model(path, ema, schedule)
+
+    # -- loop
+    stop, first_bad = Stop(), torch.full((), -1, device=device)
+    begin, logged = time.perf_counter(), step
+    bar = tqdm(total=settings["steps"], initial=step, unit="step", disable=None if lead else True, smoothing=0.05)
+    while step < settings["steps"]:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        # Dropout is the one draw by a global generator: seeded each step, so there is no state to save.
+        torch.manual_seed(data.generator(settings["seed"], "dropout", step, rank).initial_seed())
+        loss = backward(forward, table, batches(step), settings["accumulate"], autocast, scaler, no_sync)
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["clip"])
+        # A flag on the device, never waited for: where it is not 0, weights, moments and average stay as they are.
+        overflow = loss.isfinite() & ~norm.isfinite() if scaler.is_enabled() else torch.zeros_like(loss, dtype=bool)
+        bad = ~(loss.isfinite() & norm.isfinite()) & ~overflow
+        first_bad = torch.where((first_bad < 0) & bad, step, first_bad)
+        held = (first_bad >= 0) | overflow
+        optimizer.found_inf = held.float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            average(averages, parameters, ema_weight(settings, step) * ~held)
+            sums[:3] += torch.where(held, 0.0, torch.stack([loss, norm, torch.ones_like(loss)]))
+            sums[3] += overflow
+        step += 1
+        bar.update()
+
+        due = {name for name in ("log", "eval", "preview", "save") if step % settings[f"{name}_every"] == 0}
+        last = step == settings["steps"]
+        if world == 1:
+            asked = stop.signal
+        elif due or last:  # processes must agree on the step at which they stop
+            flag = torch.tensor(stop.signal, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            asked = int(flag)
+        else:
+            asked = 0
+        if not (due or last or asked):
+            continue
+        if first_bad >= 0:  # the one place that waits for the device
+            at = int(first_bad)
+            bar.close()
+            raise Diverged(
+                f"the loss or a gradient was not finite at step {at}, whose batch are the images "
+                f"{batches.indices(at).tolist()[:64]} of the data; {folder or 'the run'} keeps what was saved before "
+                "(a lower --lr or --precision fp32 may help)"
+            )
+        if "log" in due or last:
+            count = max(float(sums[2]), 1)
+            speed = (step - logged) * settings["batch_size"] / (time.perf_counter() - begin)
+            begin, logged = time.perf_counter(), step
+            line = {"step": step, "images": step * settings["batch_size"], "loss": float(sums[0]) / count,
+                    "grad_norm": float(sums[1]) / count, "lr": learning_rate(settings, step - 1),
+                    "overflows": int(sums[3]), "images_per_second": speed, "time": time.time()}  # fmt: skip
+            sums.zero_()
+            if lead:
+                log(folder, line)
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.1f} images/s")
+        if lead:
+            if "eval" in due or last:
+                held_out_loss = held_out.loss(ema, table, autocast)
+                log(folder, {"step": step, "held_out_loss": held_out_loss})
+                if held_out_loss < best:
+                    best = held_out_loss
+                    save("best")
+            if "preview" in due or last:
+                picture = preview(ema, schedule, device, autocast)
+                data.write_png(folder / f"samples/{step:08d}.png", picture, {"step": str(step)})
+            if "save" in due or last or asked:
+                state = {"step": step, "best": best, "network": network.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "sums": sums}  # fmt: skip
+                save_checkpoint(folder, step, state, settings["keep"])
+                save("model")
+        if asked:
+            break
+    bar.close()
+    if lead and step < settings["steps"]:
+        print(f"stopped at step {step}; go on with: python train.py --resume {folder}")
+    elif lead:
+        print(f"finished; draw with: python sample.py --model {folder}")
+    return 128 + asked if asked else 0
+
+
+class Diverged(Exception):
+    """The loss or a gradient was not finite: the run ends with exit status 1, its saved files untouched."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run, given = parse_arguments(argv)
+    status = 0
+
+    def work():
+        nonlocal status
+        try:
+            status = train(run, given)
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return sample.exit_status(work) or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,466 @@
+"""The denoising network: a hand-written U-Net, its configuration and its weights' file format.
+
+It computes what diffusers' UNet2DModel computes, under the same configuration keys and parameter names, so a model
+folder moves between the two without conversion. `patch_size` p is ours: it puts a pixel_unshuffle in front and a
+pixel_shuffle behind, and the network between them is a plain UNet2DModel with p^2 times the channels and 1/p the size.
+
+Architecture: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B. Weights: the safetensors format.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The fields of `unet/config.json`. Defaults are UNet2DModel's, which old files rely on by leaving keys out."""
+
+    sample_size: int | tuple[int, int] | None = None  # side of the inner network's input, pixels / patch_size
+    in_channels: int = 3  # of the inner network: image channels * patch_size^2
+    out_channels: int = 3
+    center_input_sample: bool = False  # x <- 2x - 1, for inputs in [0, 1]
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
+    freq_shift: int = 0  # lowest frequency is 10000^-(half-1)/(half-freq_shift)
+    flip_sin_to_cos: bool = True  # embedding is [cos, sin] rather than [sin, cos]
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2  # resnets a level on the way down; one more on the way up
+    mid_block_scale_factor: float = 1  # residual sums of the middle block are divided by it
+    downsample_padding: int = 1  # 0: pad right and below only, as the original release did
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8  # channels a head; None: one head
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None  # groups of the middle attention's norm
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time embedding scales and shifts norm2
+    add_attention: bool = True  # attention in the middle block
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+    patch_size: int = 1  # ours: pixels a side of a patch
+    class_names: tuple[str, ...] | None = None  # ours: names of the first classes, in order
+
+    # Each choice the network implements; anything else is refused by name rather than drawn wrongly.
+    CHOICES = {
+        "time_embedding_type": ("positional",),
+        "mid_block_type": ("UNetMidBlock2D", None),
+        "downsample_type": ("conv",),
+        "upsample_type": ("conv",),
+        "downsample_padding": (0, 1),
+        "act_fn": ("silu", "swish"),
+        "resnet_time_scale_shift": ("default", "scale_shift"),
+        "class_embed_type": (None,),
+    }
+
+    def __post_init__(self):
+        for name, allowed in self.CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not implemented; implemented: {allowed}")
+        for kind, names in (("Down", self.down_block_types), ("Up", self.up_block_types)):
+            for name in names:
+                if name not in (f"{kind}Block2D", f"Attn{kind}Block2D"):
+                    raise ValueError(f"block type {name!r} is not implemented as a {kind.lower()} block")
+        levels = len(self.block_out_channels)
+        if not levels == len(self.down_block_types) == len(self.up_block_types) or levels == 0:
+            raise ValueError("block_out_channels, down_block_types and up_block_types differ in length or are empty")
+        positive = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "patch_size")
+        whole = [(name, getattr(self, name)) for name in positive]
+        whole += [("block_out_channels", channels) for channels in self.block_out_channels]
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+        whole += [(name, value) for name in optional if (value := getattr(self, name)) is not None]
+        for name, value in whole:
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.mid_block_scale_factor <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("mid_block_scale_factor must be positive and dropout in [0, 1)")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"{channels} channels do not divide into {self.norm_num_groups} groups")
+        if self.block_out_channels[0] % 2 or self.in_channels % self.patch_size**2:
+            raise ValueError("block_out_channels[0] must be even and in_channels a multiple of patch_size^2")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "UNetConfig":
+        """From the keys of a `config.json`, private ones (`_class_name`) aside. ValueError names what is not known."""
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(config.keys() - known):
+            raise ValueError(f"the network's configuration has keys that are not implemented: {', '.join(unknown)}")
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+        except TypeError as error:  # a string where a number belongs, say
+            raise ValueError(f"the network's configuration has a value of the wrong type: {error}") from error
+
+    def to_dict(self) -> dict:
+        """The keys of `config.json`; our own only where they say something, so that plain folders stay plain."""
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        unsaid = {key for key, plain in (("patch_size", 1), ("class_names", None)) if config[key] == plain}
+        return {key: value for key, value in config.items() if key not in unsaid}
+
+    @property
+    def image_channels(self) -> int:
+        return self.in_channels // self.patch_size**2
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images in pixels, or None where the configuration does not say."""
+        if self.sample_size is None:
+            return None
+        side = self.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.patch_size, width * self.patch_size
+
+    @property
+    def divisor(self) -> int:
+        """Image height and width must be multiples of this: every level but the last halves, and patches divide."""
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """Start a residual branch, or the output, at zero (Ho et al. 2020; Goyal et al. 2017)."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Resnet(nn.Module):
+    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv; plus the input through a 1x1 conv if need be."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, scale: float = 1):
+        super().__init__()
+        groups, eps, time_dim = config.norm_num_groups, config.norm_eps, time_embedding_dim(config)
+        self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        self.scale = scale
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return (x + h) / self.scale if self.scale != 1 else x + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with a residual connection (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(self, config: UNetConfig, channels: int, groups: int | None, scale: float = 1):
+        super().__init__()
+        if channels % (head_dim := config.attention_head_dim or channels):
+            raise ValueError(f"{channels} channels do not divide into heads of {head_dim}")
+        self.heads = channels // head_dim
+        self.scale = scale
+        self.group_norm = nn.GroupNorm(groups, channels, config.norm_eps) if groups else None
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, C), free of copies when channels come last
+        split = (batch, height * width, self.heads, channels // self.heads)
+        q, k, v = (proj(h).view(split).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, head_dim)
+        h = self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, HW, C)
+        h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
+        return (x + h) / self.scale if self.scale != 1 else x + h
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One level: resnets, each followed by attention where the level has it, then a change of size if any."""
+
+    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], attention: bool, **resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(config, *width) for width in widths)
+        self.attentions = nn.ModuleList(
+            Attention(config, width[1], config.norm_num_groups) if attention else nn.Identity() for width in widths
+        )
+        for name, module in resample.items():  # `downsamplers` or `upsamplers`, a list of one, as the files name it
+            self.add_module(name, nn.ModuleList([module]))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        channels, scale = config.block_out_channels[-1], config.mid_block_scale_factor
+        # diffusers leaves this norm out with "scale_shift" unless its groups are given: kept, for the same function.
+        default_groups = config.norm_num_groups if config.resnet_time_scale_shift == "default" else None
+        groups = config.attn_norm_num_groups or default_groups
+        self.resnets = nn.ModuleList(Resnet(config, channels, channels, scale) for _ in range(2))
+        attention = Attention(config, channels, groups, scale) if config.add_attention else nn.Identity()
+        self.attentions = nn.ModuleList([attention])
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h, emb)), emb)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def time_embedding_dim(config: UNetConfig) -> int:
+    return config.time_embedding_dim or 4 * config.block_out_channels[0]
+
+
+def sinusoids(t: Tensor, dim: int, freq_shift: int, flip: bool) -> Tensor:
+    """(B,) timesteps -> (B, dim) float32 sines and cosines of geometric frequencies (Vaswani et al. 2017, 3.5)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+class UNet(nn.Module):
+    """`network(x, t, labels)`: noisy images, timesteps and class labels in, the prediction out."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, layers, time_dim = config.block_out_channels, config.layers_per_block, time_embedding_dim(config)
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time_dim)
+        self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim) if config.num_class_embeds else None
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of each skip connection, in the order they are pushed
+        for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+            pairs = [(skips[-1] if j == 0 else width, width) for j in range(layers)]
+            resample = {"downsamplers": Downsample(width, config.downsample_padding)} if i < last else {}
+            self.down_blocks.append(Block(config, pairs, kind.startswith("Attn"), **resample))
+            skips += [width] * (layers + (i < last))
+        self.mid_block = MidBlock(config) if config.mid_block_type else None
+        self.up_blocks = nn.ModuleList()
+        channels = widths[-1]
+        for i, (kind, width) in enumerate(zip(config.up_block_types, reversed(widths), strict=True)):
+            pairs = [((channels if j == 0 else width) + skips.pop(), width) for j in range(layers + 1)]
+            resample = {"upsamplers": Upsample(width)} if i < last else {}
+            self.up_blocks.append(Block(config, pairs, kind.startswith("Attn"), **resample))
+            channels = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,) timesteps, labels (B,) int64 -> prediction (B, C, H, W) in the network's dtype."""
+        if (labels is None) != (self.class_embedding is None):
+            raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
+        config, dtype = self.config, self.conv_in.weight.dtype
+        x = x.to(dtype)
+        if config.center_input_sample:
+            x = 2 * x - 1
+        x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
+        emb = sinusoids(t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
+        emb = self.time_embedding(emb.to(dtype))
+        if labels is not None:
+            emb = emb + self.class_embedding(labels)
+        emb = F.silu(emb)  # each resnet projects SiLU(emb): once for all of them
+
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for block in self.down_blocks:
+            for resnet, attention in zip(block.resnets, block.attentions, strict=True):
+                h = attention(resnet(h, emb))
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)  # half the height and width
+                skips.append(h)
+        if self.mid_block is not None:
+            h = self.mid_block(h, emb)
+        for block in self.up_blocks:
+            for resnet, attention in zip(block.resnets, block.attentions, strict=True):
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), emb))
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h)  # twice the height and width
+        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return F.pixel_shuffle(h, config.patch_size) if config.patch_size > 1 else h
+
+
+def flops(config: UNetConfig, size: tuple[int, int]) -> int:
+    """Floating-point operations of one forward pass of one image of (height, width) pixels; 2 a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        labels = torch.zeros(1, dtype=torch.int64) if config.num_class_embeds else None
+        UNet(config)(torch.zeros(1, config.image_channels, *size), torch.zeros(1, dtype=torch.int64), labels)
+    return counter.get_total_flops()
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes, the official package's limit
+LEGACY_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def write_safetensors(tensors: dict[str, Tensor], file, metadata: dict[str, str] | None = None) -> None:
+    """Writes named tensors to a binary file object in the safetensors format, in order of their names."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items()):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, so that it can be viewed in place
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in sorted(tensors.items()):
+        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads a safetensors file of floating-point tensors. ValueError, one sentence, for anything not exactly right:
+    the header's size and JSON, dtypes, shapes, offsets with a hole or an overlap, trailing bytes, NaN or infinity."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError("is truncated or no safetensors file: its header does not fit")
+        header = _parse_header(file.read(length))
+        offset = 0
+        for name, (dtype, shape, begin, end) in sorted(header.items(), key=lambda item: item[1][2:]):
+            if begin != offset or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"is damaged: the bytes of tensor {name[:80]!r} overlap, leave a hole or do not fit")
+            offset = end
+        if 8 + length + offset != size:
+            raise ValueError(f"is damaged: {8 + length + offset} bytes expected, {size} found")
+        data = bytearray(offset)
+        file.readinto(data)
+    tensors = {}
+    for name, (dtype, shape, begin, end) in header.items():
+        # A slice of a bytearray is a copy, aligned whatever the header's length was.
+        values = torch.frombuffer(data[begin:end], dtype=dtype) if end > begin else torch.empty(0, dtype=dtype)
+        if not values.isfinite().all():
+            raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
+        tensors[name] = values.reshape(shape)
+    return tensors
+
+
+def _parse_header(text: bytes) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """The JSON header as {name: (dtype, shape, begin, end)}; ValueError for anything the format does not allow."""
+
+    def no_duplicates(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    def whole(values, count=None):
+        return (
+            isinstance(values, list)
+            and all(type(v) is int and 0 <= v < 2**48 for v in values)
+            and (count is None or len(values) == count)
+        )
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        if not text.startswith(b"{") or not isinstance(header, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a damaged header: {str(error)[:100]}") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("has a damaged header: __metadata__ must map names to strings")
+    entries = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"has a damaged header: tensor {name[:80]!r} needs dtype, shape and data_offsets alone")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise ValueError(f"has tensor {name[:80]!r} of dtype {str(entry['dtype'])[:20]!r}, not one of {list(DTYPES)}")
+        if not whole(entry["shape"]) or not whole(entry["data_offsets"], 2) or len(entry["shape"]) > 8:
+            raise ValueError(f"has a damaged header: shape or offsets of tensor {name[:80]!r}")
+        entries[name] = (DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
+    return entries
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Named tensors from `.safetensors`, or from a `.bin` of torch.save through weights_only, which runs no code from
+    the file. Names of old diffusers files are brought up to date. ValueError says what is wrong with the file."""
+    if str(path).endswith(".safetensors"):
+        tensors = read_safetensors(path)
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            raise ValueError("is damaged, or holds more than tensors") from error
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise ValueError("holds something else than named tensors")
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise ValueError("has a value that is not finite")
+    for old, new in LEGACY_NAMES.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
+    """A network with these weights, in float32, in evaluation mode. ValueError names the first tensor that is missing,
+    not expected or of another shape; nothing is allocated before all shapes are known to fit."""
+    with torch.device("meta"):
+        network = UNet(config)
+    expected = network.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            raise ValueError(f"{'lacks' if name in expected else 'has an unexpected'} tensor {name[:80]!r}")
+        if weights[name].shape != expected[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            raise ValueError(f"has tensor {name!r} of shape {shapes}")
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return network.to(memory_format=torch.channels_last).eval()
