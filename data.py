@@ -34,9 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-FORMAT = (
-    1  # of the prepared folder and of the conversion that fills it: a change makes every cache key a new one
-)
+FORMAT = 1  # of the prepared folder and of the conversion that fills it: a change makes every cache key a new one
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZES = (8, 1024)  # 8: the near-duplicate descriptor has 8 x 8 cells
 SHORT_NAMES = {"smithsonian": "huggan/smithsonian_butterflies_subset"}
@@ -56,7 +54,7 @@ class InputError(ValueError):
 class Dataset:
     """Prepared images, all of one size, and what they came from."""
 
-    images: np.ndarray  # uint8 (N, C, H, W), a read-only memory map
+    images: np.ndarray  # uint8 (N, C, H, W), a memory map that copies on write
     labels: np.ndarray | None  # int64 (N,), indices into classes
     classes: tuple[str, ...]  # () where there are none
     digests: np.ndarray  # uint8 (N, 32): SHA-256 of each image's encoded bytes, the same at every size
@@ -187,14 +185,10 @@ def batch_indices(n: int, seed: int, step: int, batch_size: int) -> torch.Tensor
     """
     samples = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = samples // n, samples % n
-    return torch.cat(
-        [_permutation(n, seed, epoch)[places[epochs == epoch]] for epoch in epochs.unique().tolist()]
-    )
+    return torch.cat([_permutation(n, seed, epoch)[places[epochs == epoch]] for epoch in epochs.unique().tolist()])
 
 
-def flip(
-    images: torch.Tensor, seed: int, step: int, start: int = 0, total: int | None = None
-) -> torch.Tensor:
+def flip(images: torch.Tensor, seed: int, step: int, start: int = 0, total: int | None = None) -> torch.Tensor:
     """(B, C, H, W) -> the same with about half of the images mirrored left-right, by (seed, step, position).
 
     A process that holds rows start : start + B of a global batch of `total` passes both, so that the number
@@ -606,7 +600,8 @@ def _open(folder: Path) -> Dataset | None:
         labels = np.load(folder / "labels.npy") if classes else None
         if digests.shape != (shape[0], 32) or (classes and labels.shape != shape[:1]):
             return None
-        images = np.memmap(folder / "images.bin", np.uint8, "r", shape=shape)
+        # Copy on write: PyTorch warns of an array that is not writable, and the file stays as it is all the same.
+        images = np.memmap(folder / "images.bin", np.uint8, "c", shape=shape)
         origin = {name: meta[name] for name in ("fingerprint", "source", "revision")}
         skipped = tuple(meta["skipped"])
         return Dataset(images, labels, classes, digests, **origin, skipped=skipped, folder=folder)
@@ -776,9 +771,7 @@ def main(argv: list[str] | None = None) -> int:
         help="A folder of images, a .parquet file or a folder of them, a hub id (org/name), or smithsonian.",
     )
     parser.add_argument("--size", default="64", help="Pixels a side, 8 to 1024 (default: %(default)s).")
-    parser.add_argument(
-        "--channels", type=int, default=3, help="3 for RGB or 1 for grey (default: %(default)s)."
-    )
+    parser.add_argument("--channels", type=int, default=3, help="3 for RGB or 1 for grey (default: %(default)s).")
     parser.add_argument("--revision", help="The branch, tag or commit of a hub id (default: its newest).")
     parser.add_argument(
         "--out", type=Path, default=Path("data.png"), help="Where the picture goes (default: %(default)s)."

@@ -63,6 +63,11 @@ class Schedule:
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 < beta < 1 for beta in betas):
             raise ValueError("betas must lie between 0 and 1")
+        for name in ("clip_sample", "rescale_betas_zero_snr"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if type(self.steps_offset) is not int or self.steps_offset < 0:
+            raise ValueError(f"steps_offset must be a whole number of at least 0, not {self.steps_offset!r}")
         if self.clip_sample and not self.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, not {self.clip_sample_range!r}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
@@ -70,6 +75,9 @@ class Schedule:
                 "rescale_betas_zero_snr cannot go with the prediction of epsilon: at the last timestep x_t is all "
                 "noise and says nothing of x0; use v_prediction or sample"
             )
+        inner = self.alpha_bar[:-1] if self.rescale_betas_zero_snr else self.alpha_bar
+        if not (inner > 1e-30).all() or not (self.alpha_bar < 1).all():
+            raise ValueError("these betas are too small or too large: a timestep would have no noise or no signal")
 
     @classmethod
     def from_dict(cls, config: dict) -> "Schedule":
@@ -85,9 +93,9 @@ class Schedule:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         if unknown := sorted(config.keys() - {field.name for field in fields(cls)}):
             raise ValueError(f"the scheduler's configuration has keys that are not implemented: {', '.join(unknown)}")
-        if config.get("trained_betas") is not None:
-            config["trained_betas"] = tuple(config["trained_betas"])
         try:
+            if config.get("trained_betas") is not None:
+                config["trained_betas"] = tuple(config["trained_betas"])
             return cls(**config)
         except TypeError as error:  # a string where a number belongs, say
             raise ValueError(f"the scheduler's configuration has a value of the wrong type: {error}") from error
@@ -173,7 +181,7 @@ def timestep_cdf(schedule: Schedule, density: str = "uniform", mean: float = -1.
     elif density == "lognormal":
         log_noise = (schedule.sigma / schedule.alpha).log()
         if log_noise[-1].isinf():  # zero terminal SNR: as rare as the timestep before it
-            log_noise[-1] = 2 * log_noise[-2] - log_noise[-3]
+            log_noise[-1] = 2 * log_noise[-2] - log_noise[-3] if len(log_noise) > 2 else log_noise[-2] + 1
         weights = torch.exp(-(((log_noise - mean) / std) ** 2) / 2) * torch.gradient(log_noise)[0]
     else:
         raise ValueError(f"timestep density {density!r} is not implemented; implemented: {DENSITIES}")
@@ -207,13 +215,17 @@ def timesteps(schedule: Schedule, steps: int, spacing: str) -> list[int]:
     elif spacing == "linspace":
         times = [round(i * ((total - 1) / max(steps - 1, 1))) for i in range(steps)][::-1]
     elif spacing == "trailing":
-        times = [round(total - i * (total / steps)) - 1 for i in range(steps)]
+        difference = (total - total / steps) - total  # rounded as numpy.arange does, for the same ties
+        times = [round(total + i * difference) - 1 for i in range(steps)]
     elif spacing == "logsnr":
         lam = (schedule.alpha / schedule.sigma).log()
         if lam[-1].isinf():  # zero terminal SNR: space the rest from the timestep before it
             lam[-1] = lam[-2]
         nodes = torch.linspace(float(lam[-1]), float(lam[0]), steps, dtype=torch.float64)
-        times = (nodes[:, None] - lam[None, :]).abs().argmin(dim=1).tolist()
+        rising = lam.flip(0)  # the nearest of its values to each node
+        above = torch.searchsorted(rising, nodes).clamp(1, total - 1)
+        nearest = torch.where(nodes - rising[above - 1] < rising[above] - nodes, above - 1, above)
+        times = (total - 1 - nearest).tolist()
         times[0] = total - 1
         for i in range(1, steps):  # the nearest timesteps of two nodes may be one: move down, then up from below
             times[i] = min(times[i], times[i - 1] - 1)

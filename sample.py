@@ -1,8 +1,8 @@
 """A model folder in, images out; and what a model folder is: reading, writing, choosing device and precision.
 
-    python sample.py -n 8                        the newest run, a PNG grid
-    python sample.py -n 64 --each --out birds    single files
-    python sample.py --model FOLDER              a run, a model folder, a folder that diffusers wrote
+python sample.py -n 8                        the newest run, a PNG grid
+python sample.py -n 64 --each --out birds    single files
+python sample.py --model FOLDER              a run, a model folder, a folder that diffusers wrote
 """
 
 import argparse
@@ -80,7 +80,8 @@ class Model:
 
 
 def save_model(folder: Path, network: unet.UNet, schedule: ddpm.Schedule) -> None:
-    """Writes a diffusers pipeline folder. InputError where the disk refuses."""
+    """Writes a diffusers pipeline folder; in one that is there already, only the weights, by one rename. InputError
+    where the disk refuses."""
     library = {"_diffusers_version": DIFFUSERS_VERSION}
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     files = {
@@ -88,15 +89,11 @@ def save_model(folder: Path, network: unet.UNet, schedule: ddpm.Schedule) -> Non
         "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", **schedule.to_dict()},
         "model_index.json": {"_class_name": "DDPMPipeline", **index},
     }
-    save_weights(folder, network)
-    for name, content in files.items():
-        write_json(folder / name, library | content)
-
-
-def save_weights(folder: Path, network: unet.UNet) -> None:
-    """Replaces the weights of a model folder, and nothing else, by one rename."""
     tensors = network.state_dict()
     data.atomic_write(folder / f"unet/{WEIGHTS}.safetensors", lambda file: unet.write_safetensors(tensors, file))
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_json(folder / name, library | content)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -203,6 +200,11 @@ def draw(
     `progress(n)` is called after each step with the number of images in the batch."""
     size = EXACT_BATCH if exact else batch_size
     drawn = []
+
+    def report(i, x0):
+        if progress:
+            progress(len(batch))
+
     for start in range(0, len(seeds), size):
         batch = list(seeds[start : start + size])
         chosen = None if labels is None else list(labels[start : start + size])
@@ -215,7 +217,7 @@ def draw(
             device=model.device,
             labels=None if chosen is None else torch.tensor(chosen + [0] * padding, device=model.device),
             patch_size=model.network.config.patch_size,
-            progress=None if progress is None else lambda i, x0, n=len(batch): progress(n),
+            progress=report,
         )
         drawn.append(data.to_uint8(images[: len(batch)]).cpu())
     return torch.cat(drawn)

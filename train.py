@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -107,7 +106,11 @@ SETTINGS = {
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
         "weight_decay": (0.01, real(0), "of AdamW"),
         "clip": (1.0, real(1e-6), "bound on the gradient's norm"),
-        "ema": (500_000, whole(0), "half-life of the weights' average in images, at most a tenth of those seen; 0: none"),
+        "ema": (
+            500_000,
+            whole(0),
+            "half-life of the averaged weights in images, up to a tenth of those seen; 0: none",
+        ),
         "seed": (0, whole(0), "of everything random"),
     },
     "watching": {
@@ -176,7 +179,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
 
 
 def _show(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+    """A default as `--help` shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def resolve(run: argparse.Namespace, given: dict, device: torch.device) -> dict:
@@ -199,9 +207,8 @@ def resolve(run: argparse.Namespace, given: dict, device: torch.device) -> dict:
     if settings["precision"] == "bf16" and device.type == "mps":
         raise InputError("--precision bf16 is not implemented for mps; choose fp32")
     settings["compile"] = device.type == "cuda" if settings["compile"] is None else settings["compile"]
-    if settings["init"]:
-        if clash := sorted((NETWORK | SCHEDULE) & given.keys()):
-            raise InputError(f"--{clash[0].replace('_', '-')} comes from the model that --init names; leave it out")
+    if settings["init"] and (clash := sorted((NETWORK | SCHEDULE) & given.keys())):
+        raise InputError(f"--{clash[0].replace('_', '-')} comes from the model that --init names; leave it out")
     return settings
 
 
@@ -461,6 +468,66 @@ def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, a
     return gflop, seconds
 
 
+class State:
+    """All that changes while a run goes on, and that a resumed run needs beside its seed."""
+
+    def __init__(self, network: unet.UNet, settings: dict, device: torch.device):
+        self.step, self.best = 0, math.inf  # updates made; lowest held-out loss
+        self.network = network
+        self.ema = copy.deepcopy(network).eval().requires_grad_(False)
+        decay = settings["weight_decay"]
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], weight_decay=decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+        self.sums = torch.zeros(4, device=device)  # since the last line of metrics: loss, norm, steps, overflows
+        self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
+
+    def state_dict(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("network", "ema", "optimizer", "scaler")}
+        return parts | {"step": self.step, "best": self.best, "sums": self.sums}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name in ("network", "ema", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.best = saved["step"], saved["best"]
+        self.sums.copy_(saved["sums"])
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, settings: dict) -> None:
+        """One step of AdamW and of the average. Where the loss or the gradient is not finite neither moves, then or
+        ever after, by a flag on the device that nothing waits for. An fp16 scaler's overflows skip one step only."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, self.step)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
+        overflow = loss.isfinite() & ~norm.isfinite() & self.scaler.is_enabled()
+        bad = ~(loss.isfinite() & norm.isfinite()) & ~overflow
+        self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
+        held = (self.first_bad >= 0) | overflow
+        self.optimizer.found_inf = held.float()  # fused AdamW leaves weights, moments and step count alone
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        averages = list(self.ema.parameters())
+        differences = torch._foreach_sub(list(self.network.parameters()), averages)
+        torch._foreach_mul_(differences, ema_weight(settings, self.step) * ~held)
+        torch._foreach_add_(averages, differences)
+        self.sums[:3] += torch.where(held, 0.0, torch.stack([loss, norm, torch.ones_like(loss)]))
+        self.sums[3] += overflow
+        self.step += 1
+
+    def metrics(self, settings: dict) -> dict:
+        """Means since the last call, which starts new ones."""
+        loss, norm, count, overflows = self.sums.tolist()
+        self.sums.zero_()
+        means = {"loss": loss / max(count, 1), "grad_norm": norm / max(count, 1), "overflows": int(overflows)}
+        images = self.step * settings["batch_size"]
+        return {"step": self.step, "images": images, "lr": learning_rate(settings, self.step - 1)} | means
+
+
+class Diverged(Exception):
+    """The loss or a gradient was not finite: the run ends with exit status 1, its saved files untouched."""
+
+
 class Stop:
     """Ctrl-C and SIGTERM ask the loop to end after the step in hand, with everything saved."""
 
@@ -473,6 +540,14 @@ class Stop:
         if self.signal:  # asked twice: at once
             raise KeyboardInterrupt
         self.signal = number
+
+    def agreed(self, world: int, now: bool, device: torch.device) -> int:
+        """The signal, if any. Several processes must stop at the same step: they ask each other only where `now`."""
+        if world == 1 or not now:
+            return self.signal if world == 1 else 0
+        flag = torch.tensor(self.signal, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
 
 
 def start_resumed(run: argparse.Namespace, given: dict) -> dict:
@@ -503,21 +578,40 @@ def adopt(settings: dict, given: dict, model: sample.Model) -> tuple[unet.UNetCo
     return replace(config, sample_size=side, dropout=settings["dropout"]), model.schedule
 
 
-def describe(settings: dict, preset: str, network: unet.UNet, gflop: float, seconds: float, world: int) -> str:
+def prepare_data(settings: dict, rank: int, world: int) -> data.Dataset:
+    """The first process prepares the data, the others find it prepared. Fills in what depends on the data."""
+    if rank:
+        dist.barrier()
+    dataset = data.prepare(settings["data"], settings["size"], channels=settings["image_channels"],
+                           revision=settings["revision"], progress=not rank)  # fmt: skip
+    if world > 1 and not rank:
+        dist.barrier()
+    settings["data"] = dataset.source
+    if settings["classes"] and not dataset.classes:
+        raise InputError(f"--classes: the images of {settings['data']} have no classes; names of folders make them")
+    return dataset
+
+
+def open_folder(folder: Path, state: State, record: dict, batches: Batches, text: str) -> None:
+    """Writes what is known before the first step, and says it."""
+    sample.write_json(folder / "config.json", record)
+    cut_metrics(folder, state.step)
+    data.write_png(folder / "samples/data.png", data.grid(data.to_uint8(batches(0)[0][:64])))
+    kept = record["data"]
+    print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
+    print(text)
+    print(f"{folder}: " + (f"going on from step {state.step}" if state.step else "a new run"), flush=True)
+
+
+def describe(settings: dict, preset: str, network: unet.UNet, cost: tuple[float, float], world: int) -> str:
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    gflop, seconds = cost
     images = settings["steps"] * settings["batch_size"]
     return (
         f"{preset}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image\n"
         f"{settings['steps']:,} steps of {settings['batch_size']} images on {settings['device']} in "
         f"{settings['precision']}: about {timedelta(seconds=round(images * seconds / world))}"
     )
-
-
-def average(averages: list[Tensor], parameters: list[Tensor], weight: Tensor) -> None:
-    """averages += weight (parameters - averages), where the weight lies on the device."""
-    differences = torch._foreach_sub(parameters, averages)
-    torch._foreach_mul_(differences, weight)
-    torch._foreach_add_(averages, differences)
 
 
 def train(run: argparse.Namespace, given: dict) -> int:
@@ -534,7 +628,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
 
-    # -- settings
+    # -- settings and data
     settings = saved["settings"] if saved else resolve(run, given, device)
     start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
     if start_model:
@@ -543,20 +637,10 @@ def train(run: argparse.Namespace, given: dict) -> int:
     if settings["batch_size"] % share:
         raise InputError(f"--batch-size {settings['batch_size']} must be a multiple of {share}: "
                          "processes times --accumulate")  # fmt: skip
-
-    # -- data: the first process prepares it, the others find it prepared
-    if not lead:
-        dist.barrier()
-    dataset = data.prepare(settings["data"], settings["size"], channels=settings["image_channels"],
-                           revision=settings["revision"], progress=lead)  # fmt: skip
-    if lead and world > 1:
-        dist.barrier()
-    settings["data"] = dataset.source
-    rows, held_rows = data.split(dataset)
+    dataset = prepare_data(settings, rank, world)
     if saved and saved["data"]["fingerprint"] != dataset.fingerprint:
         raise InputError(f"--resume {run.resume}: its data are no longer what they were ({settings['data']})")
-    if settings["classes"] and not dataset.classes:
-        raise InputError(f"--classes: the images of {settings['data']} have no classes; folders' names make them")
+    rows, held_rows = data.split(dataset)
     if settings["epochs"]:
         settings["steps"] = math.ceil(settings["epochs"] * len(rows) / settings["batch_size"])
 
@@ -571,153 +655,93 @@ def train(run: argparse.Namespace, given: dict) -> int:
     network = unet.UNet(config)
     if start_model:
         network.load_state_dict(start_model.network.state_dict())
-    network = network.to(device=device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-
-    # -- optimizer
-    parameters, averages = list(network.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
-    precision = settings["precision"]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    def autocast():
-        return torch.autocast(device.type, sample.PRECISIONS[precision], enabled=precision != "fp32")
-
-    # -- state: all that a resumed run needs beside (seed, step)
-    step, best = 0, math.inf
-    sums = torch.zeros(4, device=device)  # since the last line of metrics: loss, gradient norm, steps, overflows
+    network.to(device=device, memory_format=torch.channels_last)
+    state = State(network, settings, device)
     if checkpoint := load_checkpoint(run.resume) if saved else None:
-        step, best = checkpoint["step"], checkpoint["best"]
-        for name, part in (("network", network), ("ema", ema), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(checkpoint[name])
-        sums.copy_(checkpoint["sums"])
+        state.load_state_dict(checkpoint)
         del checkpoint
-    if step >= settings["steps"]:
-        raise InputError(f"{run.resume} has finished its {step} steps; to go on, give a larger number with --steps")
+    if state.step >= settings["steps"]:
+        raise InputError(f"{run.resume} has finished its {state.step} steps; give a larger number with --steps")
 
-    # -- batches, compile
+    # -- batches, compile, the run's folder
+    def autocast():
+        return torch.autocast(device.type, sample.PRECISIONS[settings["precision"]], enabled=amp)
+
+    amp = settings["precision"] != "fp32"
     table = ddpm.training_table(schedule, settings["loss"], settings["gamma"]).to(device, torch.float32)
     cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
     batches = Batches(dataset, rows, settings, cdf, device, rank, world)
     held_out = HeldOut(dataset, held_rows, settings, cdf, device)
     if settings["compile"]:
         network.compile()
-    gflop, seconds = probe(network, batches, table, settings, autocast)
-
-    # -- the run's folder
+    cost = probe(network, batches, table, settings, autocast)
     folder = run.resume or (new_folder(run.out) if lead else None)
-    preset = "resumed" if saved else run.preset or ("configured" if run.config else DEVICE_PRESETS[device.type])
     if lead:
         kept = {"source": dataset.source, "revision": dataset.revision, "fingerprint": dataset.fingerprint,
                 "images": len(rows), "held_out": len(held_rows), "skipped": len(dataset.skipped)}  # fmt: skip
         record = {"schema": 1, "settings": settings, "network": config.to_dict(), "schedule": schedule.to_dict(),
                   "data": kept, "versions": versions(), "git_commit": git_commit(), "processes": world,
                   "threads": torch.get_num_threads()}  # fmt: skip
-        sample.write_json(folder / "config.json", record)
-        cut_metrics(folder, step)
-        data.write_png(folder / "samples/data.png", data.grid(data.to_uint8(batches(0)[0][:64])))
-        print(f"{len(rows)} images to train on, {len(held_rows)} held out ({dataset.source})")
-        print(describe(settings, preset, network, gflop, seconds, world))
-        print(f"{folder}: " + (f"going on from step {step}" if step else "a new run"), flush=True)
+        preset = "as before" if saved or run.config else run.preset or DEVICE_PRESETS[device.type]
+        open_folder(folder, state, record, batches, describe(settings, preset, network, cost, world))
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     no_sync = forward.no_sync if world > 1 else nullcontext
 
-    def save(name: str) -> None:
-        write = sample.save_weights if (folder / name / "model_index.json").exists() else save_whole
-        write(folder / name, ema)
-
-    def save_whole(path: Path, ema: unet.UNet) -> None:
-        sample.save_model(path, ema, schedule)
-
     # -- loop
-    stop, first_bad = Stop(), torch.full((), -1, device=device)
-    begin, logged = time.perf_counter(), step
-    bar = tqdm(total=settings["steps"], initial=step, unit="step", disable=None if lead else True, smoothing=0.05)
-    while step < settings["steps"]:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+    steps, stop = settings["steps"], Stop()
+    begin, logged = time.perf_counter(), state.step
+    bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if lead else True, smoothing=0.05)
+    while state.step < steps:
         # Dropout is the one draw by a global generator: seeded each step, so there is no state to save.
-        torch.manual_seed(data.generator(settings["seed"], "dropout", step, rank).initial_seed())
-        loss = backward(forward, table, batches(step), settings["accumulate"], autocast, scaler, no_sync)
+        torch.manual_seed(data.generator(settings["seed"], "dropout", state.step, rank).initial_seed())
+        batch = batches(state.step)
+        loss = backward(forward, table, batch, settings["accumulate"], autocast, state.scaler, no_sync)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["clip"])
-        # A flag on the device, never waited for: where it is not 0, weights, moments and average stay as they are.
-        overflow = loss.isfinite() & ~norm.isfinite() if scaler.is_enabled() else torch.zeros_like(loss, dtype=bool)
-        bad = ~(loss.isfinite() & norm.isfinite()) & ~overflow
-        first_bad = torch.where((first_bad < 0) & bad, step, first_bad)
-        held = (first_bad >= 0) | overflow
-        optimizer.found_inf = held.float()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            average(averages, parameters, ema_weight(settings, step) * ~held)
-            sums[:3] += torch.where(held, 0.0, torch.stack([loss, norm, torch.ones_like(loss)]))
-            sums[3] += overflow
-        step += 1
+        state.update(loss, settings)
         bar.update()
 
-        due = {name for name in ("log", "eval", "preview", "save") if step % settings[f"{name}_every"] == 0}
-        last = step == settings["steps"]
-        if world == 1:
-            asked = stop.signal
-        elif due or last:  # processes must agree on the step at which they stop
-            flag = torch.tensor(stop.signal, device=device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            asked = int(flag)
-        else:
-            asked = 0
-        if not (due or last or asked):
+        due = {name for name in ("log", "eval", "preview", "save") if state.step % settings[f"{name}_every"] == 0}
+        if state.step == steps:
+            due = {"log", "eval", "preview", "save"}
+        asked = stop.agreed(world, bool(due), device)
+        if not due and not asked:
             continue
-        if first_bad >= 0:  # the one place that waits for the device
-            at = int(first_bad)
-            bar.close()
+        if state.first_bad >= 0:  # the one place that waits for the device
+            at = int(state.first_bad)
             raise Diverged(
-                f"the loss or a gradient was not finite at step {at}, whose batch are the images "
-                f"{batches.indices(at).tolist()[:64]} of the data; {folder or 'the run'} keeps what was saved before "
-                "(a lower --lr or --precision fp32 may help)"
+                f"the loss or a gradient was not finite at step {at}, with the images {batches.indices(at).tolist()} "
+                "of the data; what was saved before is kept (a lower --lr or --precision fp32 may help)"
             )
-        if "log" in due or last:
-            count = max(float(sums[2]), 1)
-            speed = (step - logged) * settings["batch_size"] / (time.perf_counter() - begin)
-            begin, logged = time.perf_counter(), step
-            line = {"step": step, "images": step * settings["batch_size"], "loss": float(sums[0]) / count,
-                    "grad_norm": float(sums[1]) / count, "lr": learning_rate(settings, step - 1),
-                    "overflows": int(sums[3]), "images_per_second": speed, "time": time.time()}  # fmt: skip
-            sums.zero_()
-            if lead:
-                log(folder, line)
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.1f} images/s")
+        if "log" in due:
+            line = state.metrics(settings)
+            speed = (state.step - logged) * settings["batch_size"] / (time.perf_counter() - begin)
+            begin, logged = time.perf_counter(), state.step
         if lead:
-            if "eval" in due or last:
-                held_out_loss = held_out.loss(ema, table, autocast)
-                log(folder, {"step": step, "held_out_loss": held_out_loss})
-                if held_out_loss < best:
-                    best = held_out_loss
-                    save("best")
-            if "preview" in due or last:
-                picture = preview(ema, schedule, device, autocast)
-                data.write_png(folder / f"samples/{step:08d}.png", picture, {"step": str(step)})
-            if "save" in due or last or asked:
-                state = {"step": step, "best": best, "network": network.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "sums": sums}  # fmt: skip
-                save_checkpoint(folder, step, state, settings["keep"])
-                save("model")
+            if "log" in due:
+                log(folder, line | {"images_per_second": speed, "time": time.time()})
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.1f} images/s")
+            if "eval" in due:
+                held_out_loss = held_out.loss(state.ema, table, autocast)
+                log(folder, {"step": state.step, "held_out_loss": held_out_loss})
+                if held_out_loss < state.best:
+                    state.best = held_out_loss
+                    sample.save_model(folder / "best", state.ema, schedule)
+            if "preview" in due:
+                picture = preview(state.ema, schedule, device, autocast)
+                data.write_png(folder / f"samples/{state.step:08d}.png", picture, {"step": str(state.step)})
+            if "save" in due or asked:
+                save_checkpoint(folder, state.step, state.state_dict(), settings["keep"])
+                sample.save_model(folder / "model", state.ema, schedule)
         if asked:
             break
     bar.close()
-    if lead and step < settings["steps"]:
-        print(f"stopped at step {step}; go on with: python train.py --resume {folder}")
+    if lead and state.step < steps:
+        print(f"stopped at step {state.step}; go on with: python train.py --resume {folder}")
     elif lead:
         print(f"finished; draw with: python sample.py --model {folder}")
     return 128 + asked if asked else 0
-
-
-class Diverged(Exception):
-    """The loss or a gradient was not finite: the run ends with exit status 1, its saved files untouched."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

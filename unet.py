@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -84,15 +83,35 @@ class UNetConfig:
         optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
         whole += [(name, value) for name in optional if (value := getattr(self, name)) is not None]
         for name, value in whole:
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.mid_block_scale_factor <= 0 or not 0 <= self.dropout < 1:
+            most = {"layers_per_block": 64, "num_class_embeds": 2**24}.get(name, 2**16)  # a tensor's size fits 2^63
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+        if not 0 < self.mid_block_scale_factor < math.inf or not 0 <= self.dropout < 1:
             raise ValueError("mid_block_scale_factor must be positive and dropout in [0, 1)")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be a positive number, not {self.norm_eps!r}")
+        for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if type(self.freq_shift) is not int or not 0 <= self.freq_shift < self.block_out_channels[0] // 2:
+            raise ValueError(f"freq_shift must be from 0 to below half of the first channels, not {self.freq_shift!r}")
+        sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        if self.sample_size is not None and (len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides)):
+            raise ValueError(f"sample_size must be a whole number, two of them or null, not {self.sample_size!r}")
+        names = self.class_names
+        if names is not None and not (
+            isinstance(names, tuple)
+            and all(isinstance(name, str) for name in names)
+            and len(names) <= (self.num_class_embeds or 0)
+        ):
+            raise ValueError("class_names must be a list of names, no more than num_class_embeds")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{channels} channels do not divide into {self.norm_num_groups} groups")
-        if self.block_out_channels[0] % 2 or self.in_channels % self.patch_size**2:
-            raise ValueError("block_out_channels[0] must be even and in_channels a multiple of patch_size^2")
+        if self.block_out_channels[0] % 2:
+            raise ValueError(f"block_out_channels[0] must be even, not {self.block_out_channels[0]}")
+        if self.in_channels % self.patch_size**2 or self.out_channels % self.patch_size**2:
+            raise ValueError("in_channels and out_channels must be multiples of patch_size^2")
 
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
@@ -260,8 +279,9 @@ def time_embedding_dim(config: UNetConfig) -> int:
 def sinusoids(t: Tensor, dim: int, freq_shift: int, flip: bool) -> Tensor:
     """(B,) timesteps -> (B, dim) float32 sines and cosines of geometric frequencies (Vaswani et al. 2017, 3.5)."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    # In diffusers' order of operations: an angle near 1000 turns the last bit of a frequency into 6e-5.
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * torch.exp(exponent)
     parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
 
@@ -422,7 +442,7 @@ def _parse_header(text: bytes) -> dict[str, tuple[torch.dtype, list[int], int, i
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"has a damaged header: tensor {name[:80]!r} needs dtype, shape and data_offsets alone")
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-            raise ValueError(f"has tensor {name[:80]!r} of dtype {str(entry['dtype'])[:20]!r}, not one of {list(DTYPES)}")
+            raise ValueError(f"has tensor {name[:80]!r} of a dtype that is not one of {', '.join(DTYPES)}")
         if not whole(entry["shape"]) or not whole(entry["data_offsets"], 2) or len(entry["shape"]) > 8:
             raise ValueError(f"has a damaged header: shape or offsets of tensor {name[:80]!r}")
         entries[name] = (DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
@@ -441,10 +461,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             raise
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             raise ValueError("is damaged, or holds more than tensors") from error
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+        ):
             raise ValueError("holds something else than named tensors")
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise ValueError("has a value that is not finite")
+        for name, value in tensors.items():
+            # An expanded tensor of 4 bytes may claim terabytes; sparse, meta and nested ones have no plain storage.
+            plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
+            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"has tensor {name[:80]!r} that is not a plain floating-point tensor")
+            if not value.isfinite().all():
+                raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
     for old, new in LEGACY_NAMES.items():
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     return tensors
@@ -462,5 +489,9 @@ def build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
         if weights[name].shape != expected[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
             raise ValueError(f"has tensor {name!r} of shape {shapes}")
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"has a value in tensor {name!r} that float32 cannot hold")
+    network.load_state_dict(weights, assign=True)
     return network.to(memory_format=torch.channels_last).eval()

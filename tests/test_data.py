@@ -171,9 +171,7 @@ def test_a_circle_stays_a_circle_and_the_centre_is_kept(size):
 
 def test_fitting_pixels_are_cropped_without_resampling():
     pixels = np.random.default_rng(1).integers(0, 256, (16, 25, 3), np.uint8)
-    assert np.array_equal(
-        data.decode(encode(Image.fromarray(pixels)), 16, 3).transpose(1, 2, 0), pixels[:, 4:20]
-    )
+    assert np.array_equal(data.decode(encode(Image.fromarray(pixels)), 16, 3).transpose(1, 2, 0), pixels[:, 4:20])
 
 
 def test_scaling_is_pillows_antialiased_lanczos():
@@ -262,9 +260,7 @@ def test_flips_mirror_half_of_the_images_and_agree_between_processes():
     assert all(a != b for a, b in zip(mirrored, kept, strict=True)) and 150 < sum(mirrored) < 250
     parts = [data.flip(images[s : s + 100], 5, 11, start=s, total=400) for s in range(0, 400, 100)]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(data.flip(images, 5, 12), whole) and not torch.equal(
-        data.flip(images, 6, 11), whole
-    )
+    assert not torch.equal(data.flip(images, 5, 12), whole) and not torch.equal(data.flip(images, 6, 11), whole)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -284,9 +280,7 @@ def test_png_text_round_trip(tmp_path):
 def test_reading_text_of_no_png(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     (tmp_path / "b.png").write_bytes(encode(solid("RGB", "red"), "JPEG"))
-    (tmp_path / "c.png").write_bytes(
-        encode(Image.fromarray(noise_images(1, 64)[0].transpose(1, 2, 0)))[:3000]
-    )
+    (tmp_path / "c.png").write_bytes(encode(Image.fromarray(noise_images(1, 64)[0].transpose(1, 2, 0)))[:3000])
     for name in ("a.png", "b.png", "c.png", "missing.png"):
         with pytest.raises(InputError, match=name):
             data.read_png_text(tmp_path / name)
@@ -685,9 +679,7 @@ def test_a_hanging_name_lookup_is_noticed(monkeypatch):
     assert 4 < time.monotonic() - start < 6
 
 
-@pytest.mark.parametrize(
-    ("status", "reachable"), [(200, True), (404, True), (500, True), (502, False), (504, False)]
-)
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (500, True), (502, False), (504, False)])
 def test_any_answer_but_a_proxys_failure_counts(monkeypatch, status, reachable):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -790,9 +782,7 @@ def same_partition(a, b):
 def test_near_duplicates_are_exactly_those_of_all_pairs(spread):
     draws = np.random.default_rng(spread)
     base = draws.integers(100, 160, (60, 3, 8, 8)) + draws.integers(-70, 70, (60, 1, 1, 1))
-    copies = np.concatenate(
-        [base, base[:40, :, :, ::-1] + 7, base[:20]]
-    )  # 7: nearly the limit, all in the mean
+    copies = np.concatenate([base, base[:40, :, :, ::-1] + 7, base[:20]])  # 7: nearly the limit, all in the mean
     images = (copies + draws.integers(-spread, spread + 1, copies.shape)).astype(np.uint8)
     images = np.repeat(np.repeat(images, 2, 2), 2, 3)[draws.permutation(len(images))]
     groups = data.near_duplicates(images, chunk=16)
@@ -847,9 +837,7 @@ def digests(n):
     return np.stack([np.frombuffer(hashlib.sha256(b"%d" % i).digest(), np.uint8) for i in range(n)])
 
 
-@pytest.mark.parametrize(
-    ("n", "held"), [(2, 1), (6, 1), (70, 10), (700, 100), (1000, 100), (5000, 100), (10_000, 200)]
-)
+@pytest.mark.parametrize(("n", "held"), [(2, 1), (6, 1), (70, 10), (700, 100), (1000, 100), (5000, 100), (10_000, 200)])
 def test_how_many_are_held_out(n, held):
     train, held_out = data.choose_held_out(np.arange(n), digests(n))
     assert len(held_out) == held and len(train) == n - held
