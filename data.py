@@ -204,7 +204,7 @@ def flip(images: torch.Tensor, seed: int, step: int, start: int = 0, total: int 
 
 
 @contextmanager
-def _disk_errors(action: str) -> Iterator[None]:
+def disk_errors(action: str) -> Iterator[None]:
     """Turn what the disk says (full, no permission, is a directory) into one sentence."""
     try:
         yield
@@ -224,7 +224,7 @@ def atomic_write(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
-    with _disk_errors(f"write {path}"):
+    with disk_errors(f"write {path}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Not tempfile: its files are private to the user, and a model folder is shared.
@@ -451,14 +451,14 @@ def prepare(
     if channels not in (1, 3):
         raise InputError(f"channels {channels}: use 3 (RGB) or 1 (grey)")
     found = find_source(str(source), revision)
-    with _disk_errors(f"read {found.name}"):
+    with disk_errors(f"read {found.name}"):
         key = _cache_key(found, size, channels)
     cache = Path(cache or cache_folder())
     folder = cache / "data" / key
     dataset = _open(folder)
     if dataset:
         return dataset
-    with _disk_errors(f"prepare {found.name} in {cache}"):
+    with disk_errors(f"prepare {found.name} in {cache}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = folder.with_name(f".{key[:16]}.{os.urandom(6).hex()}")
         scratch.mkdir()

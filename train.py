@@ -151,8 +151,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """The run's own arguments, and the settings that were given as flags."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a diffusion model on images. Settings come from, in rising order: defaults, --preset, "
-        "--config, flags.",
+        description="Train a diffusion model on images. Settings are defaults, changed by a preset or by --config, "
+        "changed by flags.",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="new folder of the run (default: runs/ and the date)")
@@ -187,19 +187,31 @@ def _show(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def resolve(run: argparse.Namespace, given: dict, device: torch.device) -> dict:
-    """All settings of a new run: defaults, then preset, then a run's config.json, then flags."""
-    if "steps" in given and "epochs" in given:
-        raise InputError("--steps and --epochs say the same thing; give one of them")
-    settings = DEFAULTS | {"init": None}
-    if run.config:
-        content = sample.read_json(run.config)
-        if not isinstance(content.get("settings"), dict) or content["settings"].keys() - settings.keys():
-            raise InputError(f"--config {run.config} is no config.json of a run")
-        settings |= content["settings"] | PRESETS.get(run.preset, {})
-    else:
-        settings |= PRESETS[run.preset or DEVICE_PRESETS[device.type]]
-    settings |= given | {"init": run.init or settings["init"]}
+def read_config(path: Path) -> dict:
+    """A run's config.json, its settings checked as flags are. InputError names what is wrong with it."""
+    config = sample.read_json(path)
+    settings = config.get("settings")
+    if not isinstance(settings, dict) or settings.keys() != DEFAULTS.keys() | {"init"}:
+        raise InputError(f"{path} is no config.json of a run of this version")
+    for name, (default, kind, _) in ((name, row) for group in SETTINGS.values() for name, row in group.items()):
+        value = settings[name]
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            fits = value in kind if isinstance(kind, tuple) else kind(text) == value
+        except (ValueError, argparse.ArgumentTypeError):
+            fits = False
+        if not (isinstance(value, bool) if kind is bool else fits or value is default):
+            raise InputError(f"{path}: {name} cannot be {value!r}")
+    return config
+
+
+def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: torch.device) -> dict:
+    """All settings of a new run: defaults, then a preset or another run's config.json, then flags."""
+    if config and run.preset:
+        raise InputError("--preset and --config both set everything; give one of them")
+    settings = DEFAULTS | {"init": None} | (PRESETS[run.preset or DEVICE_PRESETS[device.type]] if not config else {})
+    settings |= (config["settings"] if config else {}) | given
+    settings["init"] = run.init or settings["init"]
     if "steps" in given:
         settings["epochs"] = None
     settings["device"] = device.type
@@ -276,15 +288,27 @@ def ema_weight(settings: dict, step: int) -> float:
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 
+class Hashing:
+    """A file that is written through, and the SHA-256 of what went through."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
     """One file, its SHA-256 at the end, put in place by one rename; older ones are pruned only after it."""
 
     def write(file):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getbuffer()
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
+        hashing = Hashing(file)
+        torch.save(state, hashing)
+        file.write(hashing.sha256.digest())
 
     data.atomic_write(folder / f"checkpoint-{step:08d}.pt", write)
     for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
@@ -302,7 +326,8 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 
 def log(folder: Path, record: dict) -> None:
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with data.disk_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -335,11 +360,9 @@ def git_commit() -> str | None:
 def new_folder(out: Path | None) -> Path:
     """Creates the run's folder. InputError for one that holds anything: a new run overwrites nothing."""
     folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    try:
+    with data.disk_errors(f"make the folder --out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         occupied = any(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be made: {error.strerror}") from error
     if occupied:
         raise InputError(f"--out {folder} is not empty; go on with it by --resume, or name a new folder")
     return folder
@@ -504,7 +527,7 @@ class State:
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
         held = (self.first_bad >= 0) | overflow
         self.optimizer.found_inf = held.float()  # fused AdamW leaves weights, moments and step count alone
-        self.scaler.step(self.optimizer)
+        self.optimizer.step()  # not through the scaler, which knows overflows only; gradients are unscaled already
         self.scaler.update()
         self.optimizer.zero_grad()
         averages = list(self.ema.parameters())
@@ -556,9 +579,7 @@ def start_resumed(run: argparse.Namespace, given: dict) -> dict:
     if refused := sorted((given.keys() - RESUMABLE) | named):
         flag = refused[0].replace("_", "-")
         raise InputError(f"--{flag} cannot change when a run is resumed; start a new run, or leave it out")
-    saved = sample.read_json(run.resume / "config.json")
-    if not {"settings", "network", "schedule", "data"} <= saved.keys():
-        raise InputError(f"--resume {run.resume} is no run of train.py: its config.json lacks settings")
+    saved = read_config(run.resume / "config.json")
     saved["settings"] |= given
     if "steps" in given:
         saved["settings"]["epochs"] = None
@@ -603,13 +624,13 @@ def open_folder(folder: Path, state: State, record: dict, batches: Batches, text
     print(f"{folder}: " + (f"going on from step {state.step}" if state.step else "a new run"), flush=True)
 
 
-def describe(settings: dict, preset: str, network: unet.UNet, cost: tuple[float, float], world: int) -> str:
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+def describe(settings: dict, preset: str, state: State, cost: tuple[float, float], world: int) -> str:
+    parameters = sum(parameter.numel() for parameter in state.network.parameters())
     gflop, seconds = cost
-    images = settings["steps"] * settings["batch_size"]
+    images = (settings["steps"] - state.step) * settings["batch_size"]
     return (
         f"{preset}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image\n"
-        f"{settings['steps']:,} steps of {settings['batch_size']} images on {settings['device']} in "
+        f"{settings['steps'] - state.step:,} steps of {settings['batch_size']} images on {settings['device']} in "
         f"{settings['precision']}: about {timedelta(seconds=round(images * seconds / world))}"
     )
 
@@ -619,8 +640,11 @@ def train(run: argparse.Namespace, given: dict) -> int:
     rank, local, world = (int(os.environ.get(name, fallback)) for name, fallback in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
     lead = rank == 0
+    if "steps" in given and "epochs" in given:
+        raise InputError("--steps and --epochs say the same thing; give one of them")
     saved = start_resumed(run, given) if run.resume else None
-    device = sample.choose_device(given.get("device") or (saved["settings"]["device"] if saved else None))
+    base = saved or (read_config(run.config) if run.config else None)
+    device = sample.choose_device(given.get("device") or (base["settings"]["device"] if base else None))
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", local)
@@ -629,7 +653,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
         dist.init_process_group(backend, timeout=timedelta(hours=2))
 
     # -- settings and data
-    settings = saved["settings"] if saved else resolve(run, given, device)
+    settings = saved["settings"] if saved else resolve(run, given, base, device)
     start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
     if start_model:
         config, schedule = adopt(settings, given, start_model)
@@ -683,7 +707,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
                   "data": kept, "versions": versions(), "git_commit": git_commit(), "processes": world,
                   "threads": torch.get_num_threads()}  # fmt: skip
         preset = "as before" if saved or run.config else run.preset or DEVICE_PRESETS[device.type]
-        open_folder(folder, state, record, batches, describe(settings, preset, network, cost, world))
+        open_folder(folder, state, record, batches, describe(settings, preset, state, cost, world))
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     no_sync = forward.no_sync if world > 1 else nullcontext
 
@@ -714,6 +738,8 @@ def train(run: argparse.Namespace, given: dict) -> int:
                 f"the loss or a gradient was not finite at step {at}, with the images {batches.indices(at).tolist()} "
                 "of the data; what was saved before is kept (a lower --lr or --precision fp32 may help)"
             )
+        if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
+            raise Diverged(f"gradients overflow fp16 at step {state.step} even unscaled; try --precision fp32")
         if "log" in due:
             line = state.metrics(settings)
             speed = (state.step - logged) * settings["batch_size"] / (time.perf_counter() - begin)
