@@ -46,7 +46,8 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return any(there is True for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # PyTorch 2.10 has no public way to ask: fp32 there
+        return any(there is True for name, there in ask().items() if "bf16" in name)
     return False
 
 
@@ -253,24 +254,34 @@ def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Draw images from a trained model.")
+    parser = argparse.ArgumentParser(
+        prog="sample.py", allow_abbrev=False, description="Draw images from a trained model."
+    )
     what = parser.add_argument_group("what to draw")
-    what.add_argument("-n", type=whole_number(1, 1_000_000), default=8, help="number of images (default 8)")
-    what.add_argument("--model", help="a run, a model folder or a diffusers folder (default: the newest run)")
-    what.add_argument("--class", dest="label", help="draw this class, by name or number")
+    what.add_argument(
+        "-n", type=whole_number(1, 1_000_000), default=8, metavar="N", help="number of images (default 8)"
+    )
+    what.add_argument(
+        "--model", metavar="FOLDER", help="a run, a model folder or a diffusers folder (default: the newest run)"
+    )
+    what.add_argument("--class", dest="label", metavar="NAME", help="draw this class, by name or number")
     what.add_argument(
         "--seed",
         type=whole_number(0),
         default=0,
+        metavar="N",
         help="of the first image; image i is that of seed + i, whatever n and the batch size are (default 0)",
     )
-    what.add_argument("--out", type=Path, help="file to write, or folder with --each (default samples.png, samples/)")
+    what.add_argument(
+        "--out", type=Path, metavar="PATH", help="file to write, or folder with --each (default samples.png, samples/)"
+    )
     what.add_argument("--each", action="store_true", help="write each image to a file of its own, named by its seed")
     how = parser.add_argument_group("how to draw")
     how.add_argument("--sampler", choices=ddpm.SAMPLERS, default=ddpm.DEFAULT_SAMPLER, help="default %(default)s")
     how.add_argument(
         "--steps",
         type=whole_number(1),
+        metavar="N",
         help=f"calls of the network an image (default {ddpm.DEFAULT_STEPS}; ddpm: as many as in training)",
     )
     how.add_argument(
@@ -278,11 +289,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=ddpm.SPACINGS,
         help="which timesteps to visit (default logsnr; ddpm: as the model's scheduler_config.json says)",
     )
-    how.add_argument("--eta", type=float, default=0.0, help="noise added by the sampler ddim, 0 to 1 (default 0)")
+    how.add_argument(
+        "--eta", type=float, default=0.0, metavar="X", help="noise added by the sampler ddim, 0 to 1 (default 0)"
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    machine.add_argument("--device", metavar="NAME", help="cpu, cuda or mps (default: the fastest there is)")
     machine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where the hardware has it, else fp32")
-    machine.add_argument("--batch-size", type=whole_number(1, 65536), help="images drawn at once (default 8)")
+    machine.add_argument(
+        "--batch-size", type=whole_number(1, 65536), metavar="N", help="images drawn at once (default 8)"
+    )
     machine.add_argument(
         "--exact",
         action="store_true",

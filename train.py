@@ -151,23 +151,27 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """The run's own arguments, and the settings that were given as flags."""
     parser = argparse.ArgumentParser(
         prog="train.py",
+        allow_abbrev=False,
         description="Train a diffusion model on images. Settings are defaults, changed by a preset or by --config, "
         "changed by flags.",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="new folder of the run (default: runs/ and the date)")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="new folder of the run (default: runs/ and the date)")
     group.add_argument("--preset", choices=PRESETS, help="nano 32 px, small 64 px, base and classic 128 px "
                        "(default: base on cuda, small on mps, nano on cpu)")  # fmt: skip
-    group.add_argument("--config", type=Path, help="repeat a run from its config.json")
-    group.add_argument("--resume", type=Path, help="go on with this run; to extend a finished one, add --steps")
-    group.add_argument("--init", help="start from the weights of this run or model folder")
+    group.add_argument("--config", type=Path, metavar="FILE", help="repeat a run from its config.json")
+    group.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with this run; to extend a finished one, add --steps"
+    )
+    group.add_argument("--init", metavar="MODEL", help="start from the weights of this run or model folder")
     for title, rows in SETTINGS.items():
         group = parser.add_argument_group(title)
         for name, (default, kind, sentence) in rows.items():
             changed = {preset: values[name] for preset, values in PRESETS.items() if name in values}
             shown = [f"default {_show(default)}"] * (default is not None)
             shown += [f"{preset} {_show(value)}" for preset, value in changed.items()]
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            how = {"type": kind, "metavar": {str: "NAME", numbers: "N,N"}.get(kind, "N")}
+            how = {"choices": kind} if isinstance(kind, tuple) else how
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
             sentence = f"{sentence} ({'; '.join(shown)})" if shown else sentence
             flag = "--" + name.replace("_", "-")

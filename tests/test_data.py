@@ -345,7 +345,9 @@ def test_a_folder_of_classes(tmp_path):
     assert dataset.classes == ("bee", "moth") and dataset.labels.tolist() == [1, 1, 0, 0, 1, 1]
     assert dataset.labels.dtype == np.int64 and dataset.skipped == ()
     assert np.array_equal(dataset.images, images[[4, 5, 2, 3, 0, 1]])  # test/ comes before train/
-    assert isinstance(dataset.images, np.memmap) and not dataset.images.flags.writeable
+    assert isinstance(dataset.images, np.memmap)
+    dataset.images[0] = 0  # a private copy: what is on disk stays as it is
+    assert np.array_equal(prepare(tmp_path / "s").images[0], images[4])
     first = (tmp_path / "s" / "test" / "moth" / "0000.png").read_bytes()
     assert dataset.digests[0].tobytes() == hashlib.sha256(first).digest()
     assert dataset.source == str((tmp_path / "s").resolve()) and dataset.revision is None
