@@ -91,7 +91,7 @@ SETTINGS = {
         "zero_snr": (False, bool, "rescale the schedule so that its last timestep is noise alone"),
         "timesteps": (1000, whole(2, 100_000), "timesteps of the noise schedule"),
         "loss": ("mse", ddpm.LOSSES, "mse, or min_snr: min-SNR-gamma weighting"),
-        "gamma": (5.0, real(0.01), "of min_snr"),
+        "gamma": (5.0, real(0.01), "bound on the signal-to-noise ratio, for min_snr"),
         "density": ("lognormal", ddpm.DENSITIES, "of training timesteps; lognormal is in sigma/alpha"),
         "density_mean": (-0.8, real(-20, 20), "of log(sigma/alpha), for lognormal"),
         "density_std": (1.6, real(0.01, 20), "of log(sigma/alpha), for lognormal"),
