@@ -36,9 +36,13 @@ def choose_device(name: str | None = None) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, available in there.items() if available))
-    if not there.get(name.split(":")[0], False):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not there.get(device.type, False):
         raise InputError(f"--device {name}: this machine or this PyTorch has no such device; leave it out to choose")
-    return torch.device(name)
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -322,7 +326,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--model {path}: {error}") from error
     out = args.out or Path("samples" if args.each else "samples.png")
     if out.is_dir() != args.each and out.exists():
-        raise InputError(f"--out {out} is a {'folder; with' if out.is_dir() else 'file; without'} --each name a "
+        raise InputError(f"--out {out} is a {'folder; without' if out.is_dir() else 'file; with'} --each name a "
                          f"{'folder' if args.each else 'file'}")  # fmt: skip
     print(f"{path}: {config.image_size[1]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
 

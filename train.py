@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -101,7 +101,7 @@ SETTINGS = {
         "epochs": (None, whole(1, 10**6), "passes over the data, in place of --steps"),
         "batch_size": (16, whole(1, 65536), "images an update, over all processes"),
         "accumulate": (1, whole(1, 4096), "parts that a process cuts its share of the batch into, to save memory"),
-        "lr": (1e-3, real(0), "highest learning rate of AdamW"),
+        "lr": (1e-3, real(0, 1000), "highest learning rate of AdamW"),
         "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
         "weight_decay": (0.01, real(0), "of AdamW"),
@@ -215,7 +215,7 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
         raise InputError("--preset and --config both set everything; give one of them")
     settings = DEFAULTS | {"init": None} | (PRESETS[run.preset or DEVICE_PRESETS[device.type]] if not config else {})
     settings |= (config["settings"] if config else {}) | given
-    settings["init"] = run.init or settings["init"]
+    settings["init"] = os.path.abspath(run.init) if run.init else settings["init"]
     if "steps" in given:
         settings["epochs"] = None
     settings["device"] = device.type
@@ -231,9 +231,11 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
 def design(settings: dict, classes: Sequence[str]) -> tuple[unet.UNetConfig, ddpm.Schedule]:
     """The network and the noise schedule that the settings describe."""
     widths, patch = settings["channels"], settings["patch_size"]
-    if not widths or settings["size"] % patch or settings["size"] // patch % 2 ** (len(widths) - 1):
+    if not widths:
+        raise InputError("--channels needs at least one number")
+    if settings["size"] % patch or settings["size"] // patch % 2 ** (len(widths) - 1):
         raise InputError(
-            f"--size {settings['size']} must be a multiple of {patch * 2 ** max(len(widths) - 1, 0)}: "
+            f"--size {settings['size']} must be a multiple of {patch * 2 ** (len(widths) - 1)}: "
             f"{len(widths)} levels, each half the size of the one before, and patches of {patch}"
         )
     sides = [settings["size"] // patch // 2**i for i in range(len(widths))]
@@ -322,7 +324,11 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest checkpoint that is whole, or None. A damaged one is named and passed over."""
     for file in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            print(f"{file} cannot be read ({error.strerror}); trying the one before", file=sys.stderr)
+            continue
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         print(f"{file} is damaged; trying the one before", file=sys.stderr)
@@ -339,13 +345,13 @@ def cut_metrics(folder: Path, step: int) -> None:
     """Drops what was logged after the checkpoint, a line cut off by a crash included: it will be logged again."""
     path = folder / "metrics.jsonl"
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):
             continue
-    data.atomic_write(path, lambda file: file.write("".join(kept).encode()))
+    data.atomic_write(path, lambda file: file.write(b"".join(kept)))
 
 
 def versions() -> dict:
@@ -481,6 +487,8 @@ def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, a
     for attempt in range(3):
         begin = time.perf_counter()
         try:
+            if settings["compile"] and not attempt:
+                network.compile()
             backward(network, table, batch, 1, autocast, scaler, nullcontext).item()
         except torch.OutOfMemoryError:
             raise
@@ -489,7 +497,8 @@ def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, a
                 raise
             reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
             print(f"torch.compile does not work here ({reason}): going on without it", flush=True)
-            network.compile(disable=True)
+            with suppress(Exception):  # where even asking raised, there is nothing to undo
+                network.compile(disable=True)
         network.zero_grad()
         seconds = (time.perf_counter() - begin) / count
     return gflop, seconds
@@ -584,16 +593,21 @@ def start_resumed(run: argparse.Namespace, given: dict) -> dict:
         flag = refused[0].replace("_", "-")
         raise InputError(f"--{flag} cannot change when a run is resumed; start a new run, or leave it out")
     saved = read_config(run.resume / "config.json")
+    try:
+        unet.UNetConfig.from_dict(saved["network"]), ddpm.Schedule.from_dict(saved["schedule"])
+        saved["data"]["fingerprint"].encode()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{run.resume / 'config.json'} is damaged: {error}") from error
     saved["settings"] |= given
     if "steps" in given:
         saved["settings"]["epochs"] = None
     return saved
 
 
-def adopt(settings: dict, given: dict, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
+def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
     """With --init: the network and schedule of a model, at the size asked for; settings follow the model."""
     config = model.network.config
-    settings["size"] = given.get("size", config.image_size[0])
+    settings["size"] = size or config.image_size[0]
     settings["image_channels"], settings["classes"] = config.image_channels, bool(config.num_class_embeds)
     if settings["size"] % config.divisor:
         raise InputError(f"--size {settings['size']} must be a multiple of {config.divisor} for this model")
@@ -660,7 +674,8 @@ def train(run: argparse.Namespace, given: dict) -> int:
     settings = saved["settings"] if saved else resolve(run, given, base, device)
     start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
     if start_model:
-        config, schedule = adopt(settings, given, start_model)
+        size = given.get("size", base["settings"]["size"] if base else None)
+        config, schedule = adopt(settings, size, start_model)
     share = world * settings["accumulate"]
     if settings["batch_size"] % share:
         raise InputError(f"--batch-size {settings['batch_size']} must be a multiple of {share}: "
@@ -679,6 +694,11 @@ def train(run: argparse.Namespace, given: dict) -> int:
         config, schedule = design(settings, dataset.classes)
     if config.num_class_embeds and len(dataset.classes) > config.num_class_embeds:
         raise InputError(f"{len(dataset.classes)} classes of images for a model of {config.num_class_embeds}")
+    if config.class_names and dataset.classes != config.class_names:
+        raise InputError(
+            f"the classes of the images ({', '.join(dataset.classes)}) are not those of the model "
+            f"({', '.join(config.class_names)})"
+        )
     torch.manual_seed(data.generator(settings["seed"], "weights").initial_seed())
     network = unet.UNet(config)
     if start_model:
@@ -700,8 +720,6 @@ def train(run: argparse.Namespace, given: dict) -> int:
     cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
     batches = Batches(dataset, rows, settings, cdf, device, rank, world)
     held_out = HeldOut(dataset, held_rows, settings, cdf, device)
-    if settings["compile"]:
-        network.compile()
     cost = probe(network, batches, table, settings, autocast)
     folder = run.resume or (new_folder(run.out) if lead else None)
     if lead:
@@ -754,6 +772,8 @@ def train(run: argparse.Namespace, given: dict) -> int:
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.1f} images/s")
             if "eval" in due:
                 held_out_loss = held_out.loss(state.ema, table, autocast)
+                if not math.isfinite(held_out_loss):
+                    raise Diverged(f"the held-out loss was not finite at step {state.step}; try a lower --lr")
                 log(folder, {"step": state.step, "held_out_loss": held_out_loss})
                 if held_out_loss < state.best:
                     state.best = held_out_loss
@@ -762,8 +782,9 @@ def train(run: argparse.Namespace, given: dict) -> int:
                 picture = preview(state.ema, schedule, device, autocast)
                 data.write_png(folder / f"samples/{state.step:08d}.png", picture, {"step": str(state.step)})
             if "save" in due or asked:
-                save_checkpoint(folder, state.step, state.state_dict(), settings["keep"])
+                # The checkpoint last: it says that everything up to its step is on disk.
                 sample.save_model(folder / "model", state.ema, schedule)
+                save_checkpoint(folder, state.step, state.state_dict(), settings["keep"])
         if asked:
             break
     bar.close()

@@ -1,6 +1,7 @@
 """Model folders travel to diffusers and back, an image depends on its seed alone, bad input gets one sentence."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -235,11 +236,14 @@ def test_exact_is_equal_to_the_bit(folder, precision, sampler, steps, eta):
 
 
 def test_bf16_differs_between_batch_sizes_by_little(folder):
-    """The README states what was measured; the bound here is twice that."""
+    """Measured, on an AMD EPYC with AVX512-BF16: 1 and 1. Other kernels round otherwise, so the bound is generous."""
     model = sample.load(folder, precision="bf16")
-    table = ddpm.plan(model.schedule, steps=20)
-    sets = [sample.draw(model, range(32), table, batch_size=size).int() for size in (1, 3, 8)]
-    differences = torch.cat([(sets[0] - other).abs().flatten() for other in sets[1:]]).float()
+    differences = []
+    for sampler, steps in (("unipc", 20), ("ddpm", 12)):
+        table = ddpm.plan(model.schedule, sampler, steps)
+        sets = [sample.draw(model, range(16), table, batch_size=size).int() for size in (1, 3, 8)]
+        differences += [(sets[0] - other).abs().flatten().float() for other in sets[1:]]
+    differences = torch.cat(differences)
     print("bf16 largest", differences.max(), "99.9th percentile", differences.quantile(0.999))
     assert differences.quantile(0.999) <= 4 and differences.max() <= 24
 
@@ -367,8 +371,8 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
         (["--exact", "--batch-size", "2"], "leave --batch-size out"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 is slower"),
         (["--device", "tpu"], "--device tpu"),
-        (["--out", "."], "is a folder"),
-        (["--out", "file", "--each"], "is a file"),
+        (["--out", "."], "is a folder; without --each name a file"),
+        (["--out", "file", "--each"], "is a file; with --each name a folder"),
         (["--out", "file/x.png"], "a file is where a folder is needed"),
         (["--model", "nowhere"], "nowhere: there is no such folder"),
     ],
@@ -423,3 +427,93 @@ def test_who_may_import_whom(module):
 def test_start_up_pays_for_no_data_library():
     code = "import sys, sample; sys.exit(any(name in sys.modules for name in ('torchvision', 'datasets', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- more of what must not matter, and of what must be said ----------------------------------------------------------
+
+
+def test_peers_open_our_folders_without_a_warning(tmp_path, caplog, folder):
+    """Missing or unexpected weights are only warned of, by diffusers, and then filled with random numbers."""
+    from diffusers.utils import logging
+
+    library = logging.get_logger("diffusers")
+    library.addHandler(caplog.handler)
+
+    def said() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        return [line for line in lines if "accelerate" not in line]  # an optional package, not our folder
+
+    try:
+        DDPMPipeline.from_pretrained(folder)
+        assert not said()
+        UNet2DModel.from_pretrained(
+            make_model(tmp_path / "p", patch_size=2, in_channels=12, out_channels=12, sample_size=8) / "unet"
+        )
+        assert all("patch_size" in line for line in said())  # the one key that is ours
+    finally:
+        library.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", WEIGHTS])
+def test_no_permission(monkeypatch, capsys, folder, file):
+    """Simulated, for root may read everything."""
+    import builtins
+    import io
+
+    def guarded(path, *args, real, **kwargs):
+        if str(path).endswith(file):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", functools.partial(guarded, real=open))
+    assert sample.main(["--model", str(folder)]) == 2
+    assert capsys.readouterr().err == f"error: {folder / file} cannot be read: Permission denied\n"
+
+
+def test_neighbours_of_other_classes_do_not_matter(tmp_path):
+    model = sample.load(make_model(tmp_path / "m", num_class_embeds=4))
+    table = ddpm.plan(model.schedule, steps=5)
+    labels = [3, 0, 2, 1, 3]
+    alone = torch.cat([sample.draw(model, [i], table, [label]) for i, label in enumerate(labels)])
+    other = sample.draw(model, [0], table, [1])
+    assert (alone[0] != other[0]).float().mean() > 0.1  # the class is seen at all
+    assert (sample.draw(model, range(5), table, labels, batch_size=3).int() - alone.int()).abs().max() <= 1
+    exact = sample.draw(model, range(5), table, labels, exact=True)
+    assert torch.equal(sample.draw(model, [4, 1], table, [3, 0], exact=True), exact[[4, 1]])
+
+
+def test_seeds_count_on(tmp_path, folder):
+    """On the command line image k of seed s is image 0 of seed s + k, to the bit with --exact."""
+    flags = ["--model", str(folder), "--steps", "3", "--exact", "--each"]
+    assert sample.main([*flags, "-n", "6", "--seed", "20", "--out", str(tmp_path / "six")]) == 0
+    for seed in (20, 23, 25):
+        assert sample.main([*flags, "-n", "1", "--seed", str(seed), "--out", str(tmp_path / "one")]) == 0
+        assert (tmp_path / f"one/{seed}.png").read_bytes() == (tmp_path / f"six/{seed}.png").read_bytes()
+
+
+def test_progress_counts_every_image_and_step(model):
+    counts = []
+    sample.draw(model, range(5), ddpm.plan(model.schedule, steps=3), batch_size=2, progress=counts.append)
+    assert counts == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "cpu:-1", ":"])
+def test_device_that_is_none(capsys, folder, device):
+    assert sample.main(["--model", str(folder), "--device", device]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --device {device}: ")
+
+
+def test_memory_that_is_full(monkeypatch, capsys, tmp_path, folder):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ddpm, "draw", full)
+    assert sample.main(["--model", str(folder), "--out", str(tmp_path / "x.png")]) == 2
+    assert "smaller --batch-size" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_arrows_have_no_cycle():
+    order = list(MAY_IMPORT)
+    for i, module in enumerate(order):
+        assert not MAY_IMPORT[module] & set(order[i:])

@@ -65,7 +65,7 @@ def command(*flags, processes: int = 1) -> list[str]:
 
 
 def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def error_of(capsys) -> str:
@@ -198,14 +198,11 @@ def test_held_out_loss_is_fixed(shapes):
 def test_two_processes_make_the_steps_of_one(tmp_path, shapes):
     """Gradients to float32 rounding: the norms of the first step, and the weights after three of them."""
     flags = ["--data", shapes, "--steps", 3, *TINY, "--dropout", 0, "--log-every", 1, "--eval-every", 3]
-    for name, processes, more in (("one", 1, []), ("two", 2, []), ("parts", 1, ["--accumulate", 4])):
-        made = subprocess.run(
-            command(*flags, *more, "--out", tmp_path / name, processes=processes),
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert made.returncode == 0, made.stderr
+    for name, more in (("one", []), ("parts", ["--accumulate", 4])):
+        assert train.main([*map(str, [*flags, *more]), "--out", str(tmp_path / name)]) == 0
+    launched = command(*flags, "--out", tmp_path / "two", processes=2)
+    made = subprocess.run(launched, env=environment(), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
     one, two, parts = (metrics(tmp_path / name) for name in ("one", "two", "parts"))
     for other in (two, parts):
         assert len(other) == len(one) == 4
@@ -246,8 +243,10 @@ def wait_for_step(running: subprocess.Popen, run: Path, step: int) -> None:
 ACCUMULATED = ("--accumulate", "2", "--dropout", "0.2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 4, 7])  # before the first checkpoint, at one, between two
+@pytest.mark.parametrize(
+    "step, number",  # before the first checkpoint, at one, between two
+    [(1, signal.SIGINT), (4, signal.SIGINT), (7, signal.SIGINT), (7, signal.SIGTERM)],
+)
 def test_stopped_by_a_signal_and_resumed(tmp_path, monkeypatch, capsys, fit, trained, step, number):
     with monkeypatch.context() as patch:
         stop_at(patch, step, lambda: os.kill(os.getpid(), number))
@@ -279,12 +278,11 @@ def test_crashed_and_resumed(tmp_path, monkeypatch, fit, trained, step):
 
 def test_killed_and_resumed(tmp_path, shapes):
     flags = ["--data", shapes, "--steps", 40, *TINY, *OFTEN]
-    for name in ("whole", "killed"):
-        running = subprocess.Popen(command(*flags, "--out", tmp_path / name), env=environment())
-        if name == "killed":
-            wait_for_step(running, tmp_path / name, 9)
-            running.kill()
-        running.wait(timeout=120)
+    running = subprocess.Popen(command(*flags, "--out", tmp_path / "killed"), env=environment())
+    wait_for_step(running, tmp_path / "killed", 9)
+    running.kill()
+    running.wait(timeout=120)
+    assert train.main([*map(str, flags), "--out", str(tmp_path / "whole")]) == 0
     assert running.returncode == -signal.SIGKILL and train.load_checkpoint(tmp_path / "killed")["step"] < 40
     resumed = command("--resume", tmp_path / "killed")
     assert subprocess.run(resumed, env=environment(), timeout=120).returncode == 0
@@ -368,16 +366,16 @@ def poison(monkeypatch, step: int, loss: bool):
 
 @pytest.mark.parametrize("loss", [True, False])
 def test_not_finite_never_reaches_weights_or_files(tmp_path, monkeypatch, capsys, fit, shapes, loss):
-    kept = poison(monkeypatch, 5, loss)  # seen when metrics are read, at step 6; the last save was at step 4
+    kept = poison(monkeypatch, 6, loss)  # seen after another update, at step 8; the last save was at step 4
     assert fit(tmp_path / "run") == 1
     message = error_of(capsys)
-    batch = make_batches(shapes, classes=False).indices(5).tolist()
-    assert "step 5," in message and str(batch) in message
+    batch = make_batches(shapes, classes=False).indices(6).tolist()
+    assert "step 6," in message and str(batch) in message
     state = kept.pop("state")
     for name in ("network", "ema"):
         for key, tensor in getattr(state, name).state_dict().items():
             assert torch.equal(tensor, kept[f"{name}.{key}"]), key
-    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    assert state.step == 8 and metrics(tmp_path / "run")[-1]["step"] == 6
     assert train.load_checkpoint(tmp_path / "run")["step"] == 4
     assert all(tensor.isfinite().all() for tensor in unet.read_weights(
         tmp_path / "run/model/unet/diffusion_pytorch_model.safetensors").values())  # fmt: skip
@@ -394,9 +392,10 @@ def test_fp16_overflow_is_counted_and_is_no_divergence(tmp_path, monkeypatch, fi
 
 
 def test_fp16_not_finite_loss_stops_for_good(tmp_path, monkeypatch, capsys, fit):
-    kept = poison(monkeypatch, 4, loss=True)
-    assert fit(tmp_path / "run", "--precision", "fp16") == 1 and "step 4," in error_of(capsys)
-    for key, tensor in kept["state"].network.state_dict().items():  # steps 5 and 6 had finite gradients
+    kept = poison(monkeypatch, 6, loss=True)
+    assert fit(tmp_path / "run", "--precision", "fp16") == 1 and "step 6," in error_of(capsys)
+    assert kept["state"].step == 8
+    for key, tensor in kept["state"].network.state_dict().items():  # the update after it had finite gradients
         assert torch.equal(tensor, kept[f"network.{key}"]), key
 
 
@@ -502,11 +501,12 @@ def test_the_device_decides_and_says_so(tmp_path, capsys, shapes, monkeypatch):
 
 def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
     """torch.compile for a CPU needs a C++ compiler; with none there is one line, and the same weights as without."""
-    flags = ["--data", shapes, "--steps", 2, *TINY, "--out"]
+    small = ["--channels", "8", "--attention", "", "--head-dim", "8"]
+    flags = ["--data", shapes, "--steps", 2, *TINY, *small, "--out"]
     broken = environment() | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     made = subprocess.run(command(*flags, tmp_path / "a", "--compile"), env=broken, capture_output=True, text=True)
     assert made.returncode == 0 and made.stdout.count("torch.compile does not work here") == 1, made.stderr
-    assert subprocess.run(command(*flags, tmp_path / "b"), env=environment()).returncode == 0
+    assert train.main([*map(str, flags), str(tmp_path / "b")]) == 0
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
@@ -526,7 +526,7 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
         (["--lr", "-1"], "'-1' is not a number"),
         (["--accumulate", "3"], "--batch-size 8 must be a multiple of 3"),
         (["--attention", "5"], "--attention 5: the levels' sides are 16, 8"),
-        (["--channels", ""], "--size 16 must be a multiple of"),
+        (["--channels", ""], "--channels needs at least one number"),
         (["--head-dim", "24"], "channels do not divide into heads of 24"),
         (["--channels", "15,30"], "must be even"),
         (["--zero-snr", "--prediction", "epsilon"], "cannot go with the prediction of epsilon"),
@@ -592,3 +592,258 @@ def test_every_setting_is_explained(capsys):
     for rows in train.SETTINGS.values():
         for name, (_, _, sentence) in rows.items():
             assert f"--{name.replace('_', '-')}" in text and len(sentence.split()) > 1
+
+
+# ---- crashes between two files, and what they leave ------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """Nothing catches it, and nothing is tidied up."""
+
+
+@pytest.mark.parametrize("where, time", [("best", 2), ("model", 2), ("model", 3), ("checkpoint-00000004.pt", 1)])
+def test_crash_between_the_files_of_one_step(tmp_path, monkeypatch, fit, trained, where, time):
+    """Steps 4, 8 and 12 save: crashed before the second or the last of these, or before a checkpoint is pruned."""
+    times = []
+
+    def crash_before(holder, name):
+        real = getattr(holder, name)
+
+        def patched(path, *args, **kwargs):
+            times.append(path.name == where)
+            if times[-1] and sum(times) == time:
+                raise PowerCut
+            return real(path, *args, **kwargs)
+
+        return patched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "save_model", crash_before(sample, "save_model"))
+        patch.setattr(Path, "unlink", crash_before(Path, "unlink"))
+        with pytest.raises(PowerCut):
+            fit(tmp_path / "run", *ACCUMULATED)
+    finished = where.startswith("checkpoint")  # the last one was in place
+    assert train.main(["--resume", str(tmp_path / "run")]) == (2 if finished else 0)
+    assert_same_run(tmp_path / "run", trained)
+
+
+@pytest.mark.parametrize("tail", [b"\xff\xfe", b"17\n", b"{}\n", b'{"step": 4, "loss": 1', b"\0" * 40, b"null", b""])
+def test_metrics_are_cut_after_a_step(tmp_path, tail):
+    """Whatever the end of a file looks like after a crash, lines up to the step stay as they are."""
+    kept = b'{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 0.5}\n{"step": 4, "held_out_loss": 0.7}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(kept + b'{"step": 5, "loss": 0.25}\n' + tail)
+    train.cut_metrics(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+
+
+def test_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, capsys, fit):
+    assert fit(tmp_path / "run", steps=4) == 0
+    (tmp_path / "run/checkpoint-00000099.pt").mkdir()
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) in (0, 2)
+    assert "checkpoint-00000099.pt" in capsys.readouterr().err
+
+
+def test_run_whose_config_is_damaged(tmp_path, capsys, fit):
+    assert fit(tmp_path / "run", steps=1) == 0
+    capsys.readouterr()
+    good = sample.read_json(tmp_path / "run/config.json")
+    for damage in ({"network": None}, {"network": {"act_fn": "x"}}, {"schedule": {"beta_schedule": "x"}}, {"data": 3},
+                   {"data": {}}, {"schedule": 3}):  # fmt: skip
+        sample.write_json(tmp_path / "run/config.json", good | damage)
+        assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2, damage
+        assert "config.json" in error_of(capsys)
+
+
+def test_best_is_the_lowest(tmp_path, monkeypatch, fit):
+    losses = iter([3.0, 1.0, 2.0])
+    saved = {}
+    save = sample.save_model
+
+    def recording(folder, network, schedule):
+        save(folder, network, schedule)
+        saved.setdefault(folder.name, []).append(weights(folder.parent, folder.name))
+
+    monkeypatch.setattr(train.HeldOut, "loss", lambda *args: next(losses))
+    monkeypatch.setattr(sample, "save_model", recording)
+    assert fit(tmp_path / "run") == 0
+    assert saved["best"] == saved["model"][:2] and len(saved["model"]) == 3
+    assert weights(tmp_path / "run", "best") == saved["model"][1]
+
+
+def test_full_disk_while_logging(tmp_path, monkeypatch, capsys, fit, trained):
+    import builtins
+
+    real = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if str(path).endswith("metrics.jsonl") and "a" in mode and (tmp_path / "run/checkpoint-00000004.pt").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", full)
+        assert fit(tmp_path / "run", *ACCUMULATED) == 2
+    assert "No space left on device" in error_of(capsys)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", trained)
+
+
+def test_asked_twice_it_stops_at_once(tmp_path, monkeypatch, fit):
+    def twice():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    stop_at(monkeypatch, 6, twice)
+    assert fit(tmp_path / "run") == 130
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 4  # not saved again
+
+
+# ---- more of the average, the order and the rate ---------------------------------------------------------------------
+
+
+def test_no_average_is_the_weights(tmp_path, fit):
+    assert fit(tmp_path / "run", "--ema", "0") == 0
+    state = train.load_checkpoint(tmp_path / "run")
+    for name, value in state["network"].items():
+        assert torch.allclose(state["ema"][name], value, rtol=1e-6, atol=1e-8), name
+
+
+def test_learning_rate_is_that_of_pytorch():
+    settings = {"lr": 0.3, "warmup": 7, "decay": "cosine", "steps": 50}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 8, total_iters=7)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=43)
+    peer = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[7])
+    for step in range(50):
+        assert train.learning_rate(settings, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        peer.step()
+
+
+def test_an_epoch_shows_every_training_image_once_and_no_other(shapes):
+    dataset = data.prepare(str(shapes), 16, progress=False)
+    train_rows, held_rows = data.split(dataset)
+    seen = torch.cat([make_batches(shapes).indices(step) for step in range(len(train_rows))])  # 8 epochs
+    assert torch.equal(torch.bincount(seen, minlength=60)[train_rows], torch.full((len(train_rows),), 8))
+    assert not set(seen.tolist()) & set(held_rows.tolist())
+
+
+def test_labels_and_pixels_are_those_of_their_rows(shapes):
+    dataset = data.prepare(str(shapes), 16, progress=False)
+    batches = make_batches(shapes, flips=False)
+    x0, labels, t, eps = batches(3)
+    rows = batches.indices(3).numpy()
+    assert np.array_equal(data.to_uint8(x0).numpy(), dataset.images[rows])
+    assert labels.tolist() == dataset.labels[rows].tolist()
+    mirrored = make_batches(shapes)(3)[0]
+    same = [torch.equal(a, b) for a, b in zip(mirrored, x0, strict=True)]
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(mirrored, x0, strict=True)]
+    assert all(a or b for a, b in zip(same, flipped, strict=True)) and not all(flipped) and not all(same)
+
+
+# ---- more of fine-tuning and compiling -------------------------------------------------------------------------------
+
+
+def test_config_repeats_a_fine_tuning(tmp_path, shapes, trained):
+    """At another size than the model's, and from another folder."""
+    flags = ["--init", str(trained), "--data", str(shapes), "--size", "24", "--steps", "2", "--batch-size", "4"]
+    assert train.main([*flags, "--precision", "fp32", "--out", str(tmp_path / "a")]) == 0
+    assert train.main(["--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
+    configs = [sample.read_json(tmp_path / name / "config.json") for name in "ab"]
+    assert configs[0]["settings"] == configs[1]["settings"] and configs[0]["settings"]["size"] == 24
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_fine_tuning_keeps_what_classes_mean(tmp_path, capsys, fit):
+    """A model of five shapes, fine-tuned on two of them: their labels are the model's, or it is refused."""
+    assert fit(tmp_path / "five", "--classes", steps=1) == 0
+    two = make_shapes(tmp_path / "two", 60, 16)
+    for name in ("circle", "diamond", "hexagon"):
+        for path in (two / name).iterdir():
+            path.unlink()
+        (two / name).rmdir()
+    flags = ["--init", str(tmp_path / "five"), "--data", str(two), "--steps", "1", "--batch-size", "4"]
+    capsys.readouterr()
+    seen = []
+    call = train.Batches.__call__
+
+    def recording(self, step):
+        batch = call(self, step)
+        seen.append(batch[1])
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Batches, "__call__", recording)
+        status = train.main([*flags, "--out", str(tmp_path / "run")])
+    if status == 2:
+        assert "class" in error_of(capsys)
+    else:
+        names = sample.load(tmp_path / "run").network.config.class_names
+        assert {names[label] for labels in seen for label in labels.tolist()} <= {"square", "triangle"}
+
+
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_compile_that_raises(tmp_path, monkeypatch, capsys, fit, when):
+    """Some Pythons have no torch.compile at all, some machines no compiler."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    plain = torch.compile
+    made = []
+
+    def broken(model=None, **options):
+        if options.get("disable"):
+            return plain(model, **options)
+        made.append(options)
+        return refuse if when == "called" else refuse()
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert fit(tmp_path / "run", "--compile", steps=2) == 0 and len(made) == 1
+    assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
+
+
+def test_learning_rate_that_overflows_the_weights(tmp_path, fit):
+    """Loss and gradients are finite, and the step itself is not: refused, or at least in no file."""
+    flags = ["--lr", "1e39", "--warmup", "0", "--save-every", "1", "--eval-every", "1"]
+    try:
+        assert fit(tmp_path / "run", *flags) in (1, 2)
+    except SystemExit as stop:  # argparse
+        assert stop.code == 2
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        unet.read_weights(path)  # refuses what is not finite
+
+
+def test_held_out_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, fit):
+    """Finite weights can be too large to run; no NaN is logged as if it were a number, which JSON does not know."""
+    losses = iter([0.5, math.nan, 0.4])
+    monkeypatch.setattr(train.HeldOut, "loss", lambda *args: next(losses))
+    assert fit(tmp_path / "run") == 1 and "step 8" in error_of(capsys)
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 4
+
+
+def test_best_is_remembered_by_a_resumed_run(tmp_path, monkeypatch, fit):
+    for losses, stop in (([1.0], 6), ([3.0, 2.0], None)):
+        values = iter(losses)
+        with monkeypatch.context() as patch:
+            patch.setattr(train.HeldOut, "loss", lambda *args, values=values: next(values))
+            if stop:
+                stop_at(patch, stop, lambda: signal.raise_signal(signal.SIGINT))
+                assert fit(tmp_path / "run") == 130
+                first = weights(tmp_path / "run", "best")
+            else:
+                assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert weights(tmp_path / "run", "best") == first != weights(tmp_path / "run")
+
+
+def test_dropout_is_another_at_every_step(tmp_path, monkeypatch, fit):
+    seeds, backward = [], train.backward
+
+    def recording(*args):
+        seeds.append(torch.initial_seed())
+        return backward(*args)
+
+    monkeypatch.setattr(train, "backward", recording)
+    assert fit(tmp_path / "run", steps=6) == 0
+    assert len(set(seeds[-6:])) == 6
