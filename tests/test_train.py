@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -524,6 +525,7 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
         (["--steps", "5", "--epochs", "2"], "--steps and --epochs say the same thing"),
         (["--lr", "nan"], "'nan' is not a number"),
         (["--lr", "-1"], "'-1' is not a number"),
+        (["--lr", "1e39"], "'1e39' is not a number from 0 to 1000"),  # a finite gradient, and an infinite step
         (["--accumulate", "3"], "--batch-size 8 must be a multiple of 3"),
         (["--attention", "5"], "--attention 5: the levels' sides are 16, 8"),
         (["--channels", ""], "--channels needs at least one number"),
@@ -754,32 +756,17 @@ def test_config_repeats_a_fine_tuning(tmp_path, shapes, trained):
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_fine_tuning_keeps_what_classes_mean(tmp_path, capsys, fit):
-    """A model of five shapes, fine-tuned on two of them: their labels are the model's, or it is refused."""
+def test_fine_tuning_refuses_other_classes(tmp_path, capsys, fit):
+    """A model of five shapes and pictures of two: their labels would mean others."""
     assert fit(tmp_path / "five", "--classes", steps=1) == 0
     two = make_shapes(tmp_path / "two", 60, 16)
     for name in ("circle", "diamond", "hexagon"):
-        for path in (two / name).iterdir():
-            path.unlink()
-        (two / name).rmdir()
-    flags = ["--init", str(tmp_path / "five"), "--data", str(two), "--steps", "1", "--batch-size", "4"]
+        shutil.rmtree(two / name)
     capsys.readouterr()
-    seen = []
-    call = train.Batches.__call__
-
-    def recording(self, step):
-        batch = call(self, step)
-        seen.append(batch[1])
-        return batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Batches, "__call__", recording)
-        status = train.main([*flags, "--out", str(tmp_path / "run")])
-    if status == 2:
-        assert "class" in error_of(capsys)
-    else:
-        names = sample.load(tmp_path / "run").network.config.class_names
-        assert {names[label] for labels in seen for label in labels.tolist()} <= {"square", "triangle"}
+    flags = ["--init", str(tmp_path / "five"), "--data", str(two), "--steps", "1", "--batch-size", "4"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "the classes of the images (square, triangle) are not those of the model" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("when", ["made", "called"])
@@ -801,17 +788,6 @@ def test_compile_that_raises(tmp_path, monkeypatch, capsys, fit, when):
     monkeypatch.setattr(torch, "compile", broken)
     assert fit(tmp_path / "run", "--compile", steps=2) == 0 and len(made) == 1
     assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
-
-
-def test_learning_rate_that_overflows_the_weights(tmp_path, fit):
-    """Loss and gradients are finite, and the step itself is not: refused, or at least in no file."""
-    flags = ["--lr", "1e39", "--warmup", "0", "--save-every", "1", "--eval-every", "1"]
-    try:
-        assert fit(tmp_path / "run", *flags) in (1, 2)
-    except SystemExit as stop:  # argparse
-        assert stop.code == 2
-    for path in (tmp_path / "run").rglob("*.safetensors"):
-        unet.read_weights(path)  # refuses what is not finite
 
 
 def test_held_out_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, fit):
