@@ -484,8 +484,13 @@ def _check_size(size: int | str) -> int:
 
 def _cache_key(source: Source, size: int, channels: int) -> str:
     """Changes with the source, its revision, and the name, length and time of each of its files."""
-    stats = [(name, os.stat(source.root / name)) for name in source.files]
-    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    listing = []
+    for name in source.files:
+        try:
+            stat = os.stat(source.root / name)
+            listing.append((name, stat.st_size, stat.st_mtime_ns))
+        except OSError:  # a link to nowhere: named and skipped when it is decoded
+            listing.append((name, None, None))
     facts = [FORMAT, source.kind, source.name, source.revision, size, channels, listing]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -737,6 +742,27 @@ def _roots(parents: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def exit_status(work: Callable[[], None]) -> int:
+    """Runs a command: 0, or 2 and one sentence on stderr for bad input, or 130 for Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+    try:
+        work()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # A CPU says so in words only; a GPU's torch.OutOfMemoryError is a RuntimeError too.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print("error: the memory is full; choose a smaller --batch-size or size", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 def describe(dataset: Dataset, out: Path) -> None:
     """Verify a data set, print what is in it and write a grid of up to 64 images to `out`."""
     n, channels, size, _ = dataset.images.shape
@@ -777,13 +803,9 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("data.png"), help="Where the picture goes (default: %(default)s)."
     )
     args = parser.parse_args(argv)
-    try:
-        dataset = prepare(args.source, args.size, channels=args.channels, revision=args.revision)
-        describe(dataset, args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(
+        lambda: describe(prepare(args.source, args.size, channels=args.channels, revision=args.revision), args.out)
+    )
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ def timestep_cdf(schedule: Schedule, density: str = "uniform", mean: float = -1.
         weights = torch.exp(-(((log_noise - mean) / std) ** 2) / 2) * torch.gradient(log_noise)[0]
     else:
         raise ValueError(f"timestep density {density!r} is not implemented; implemented: {DENSITIES}")
+    if not weights.sum() > 0:
+        raise ValueError(f"no timestep has noise near log(sigma/alpha) = {mean:g}; choose another mean or a larger std")
     return torch.cumsum(weights / weights.sum(), 0)
 
 

@@ -41,7 +41,9 @@ def choose_device(name: str | None = None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or not there.get(device.type, False):
-        raise InputError(f"--device {name}: this machine or this PyTorch has no such device; leave it out to choose")
+        raise InputError(
+            f"--device {name}: this machine or this PyTorch has no such device; choose another with --device"
+        )
     return device
 
 
@@ -121,7 +123,9 @@ def read_json(path: Path) -> dict:
 def _parts(path: Path) -> tuple[Path, Path, Path]:
     """The configurations and weights of a run, a pipeline folder or a flat folder: unet, scheduler, weights."""
     if not path.is_dir():
-        raise InputError(f"--model {path}: there is no such folder")
+        raise InputError(f"{path}: there is no such folder")
+    if not (path / "model").is_dir() and (path / "metrics.jsonl").exists():
+        raise InputError(f"{path}: this run has saved no model yet")
     folder = path / "model" if (path / "model").is_dir() else path
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     schedulers = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
@@ -130,16 +134,17 @@ def _parts(path: Path) -> tuple[Path, Path, Path]:
     found = next((file for file in weights if file.is_file()), None)
     for file, what in ((inner / "config.json", "network configuration"), (scheduler, "scheduler configuration")):
         if not file.is_file():
-            raise InputError(f"--model {path} is no model folder: it has no {what} ({file.relative_to(path)})")
+            raise InputError(f"{path} is no model folder: it has no {what} ({file.relative_to(path)})")
     if found is None:
-        raise InputError(f"--model {path} has no weights ({weights[0].relative_to(path)}, or .bin)")
+        raise InputError(f"{path} has no weights ({weights[0].relative_to(path)}, or .bin)")
     return inner / "config.json", scheduler, found
 
 
 def load(path: Path | str, device: torch.device | str = "cpu", precision: str = "fp32") -> Model:
     """Reads a run's newest model, a model folder, or what diffusers wrote (flat folders and `.bin` included), checks
     all of it, and prepares the network for drawing. InputError, one sentence, for whatever is wrong with it."""
-    config_file, schedule_file, weights_file = _parts(Path(path))
+    with data.disk_errors(f"read {path}"):
+        config_file, schedule_file, weights_file = _parts(Path(path))
     digest = hashlib.sha256()
     for file in (config_file, schedule_file, weights_file):
         try:
@@ -160,6 +165,11 @@ def load(path: Path | str, device: torch.device | str = "cpu", precision: str = 
         raise InputError(f"{file}: {error}") from error
     if config.image_size is None or any(side % config.divisor for side in config.image_size):
         raise InputError(f"{config_file}: sample_size must be there, and divide by {config.divisor} in pixels")
+    if config.out_channels != config.in_channels or config.image_channels not in (1, 3):
+        raise InputError(
+            f"{config_file}: {config.in_channels} channels in and {config.out_channels} out in patches of "
+            f"{config.patch_size} make no pictures; grey (1) and colour (3) are drawn"
+        )
     device = torch.device(device)
     prepare(network, device, precision)
     return Model(network, schedule, config_file.parent, digest.hexdigest(), device, precision)
@@ -315,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.exact and args.batch_size:
         raise InputError("--exact draws in batches of one size; leave --batch-size out")
-    path = Path(args.model) if args.model else newest_run()
+    path = Path(args.model) if args.model is not None else newest_run()
     device = choose_device(args.device)
     model = load(path, device, choose_precision(device, args.precision))
     config = model.network.config
@@ -328,55 +338,37 @@ def run(args: argparse.Namespace) -> None:
     if out.is_dir() != args.each and out.exists():
         raise InputError(f"--out {out} is a {'folder; without' if out.is_dir() else 'file; with'} --each name a "
                          f"{'folder' if args.each else 'file'}")  # fmt: skip
+    if not args.each and out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: pictures are PNG files; give it a name that ends in .png")
     print(f"{path}: {config.image_size[1]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
 
-    seeds = [args.seed + i for i in range(args.n)]
-    with tqdm(total=args.n * len(table), unit="step", disable=None) as bar:
-        images = draw(
-            model,
-            seeds,
-            table,
-            None if label is None else [label] * args.n,
-            batch_size=args.batch_size or 8,
-            exact=args.exact,
-            progress=bar.update,
-        )
     facts = {
         "seed": args.seed,
         "steps": len(table),
         "sampler": args.sampler,
+        "spacing": args.spacing or "default",
+        "eta": args.eta,
         "model": model.hash,
         "precision": model.precision,
         "torch": torch.__version__,
     } | ({} if label is None else {"class": label})
-    if args.each:
-        for seed, image in zip(seeds, images, strict=True):
-            data.write_png(out / f"{seed}.png", data.grid(image[None], padding=0), facts | {"seed": seed})
-        print(f"wrote {args.n} images to {out}/")
-    else:
-        data.write_png(out, data.grid(images), facts | {"count": args.n})
-        print(f"wrote {out}")
-
-
-def exit_status(work: Callable[[], None]) -> int:
-    """Runs a command: 0, or 2 and one sentence on stderr for bad input, or 130 for Ctrl-C."""
-    try:
-        work()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: the device's memory is full; choose a smaller --batch-size", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    drawn, size = [], EXACT_BATCH if args.exact else args.batch_size or 8
+    with tqdm(total=args.n * len(table), unit="step", disable=None) as bar:
+        for start in range(0, args.n, size):
+            seeds = range(args.seed + start, args.seed + min(start + size, args.n))
+            labels = None if label is None else [label] * len(seeds)
+            images = draw(model, seeds, table, labels, batch_size=size, exact=args.exact, progress=bar.update)
+            drawn.append(images)
+            for seed, image in zip(seeds, images, strict=True) if args.each else ():
+                data.write_png(out / f"{seed}.png", data.grid(image[None], padding=0), facts | {"seed": seed})
+    if not args.each:
+        data.write_png(out, data.grid(torch.cat(drawn)), facts | {"count": args.n})
+    print(f"wrote {args.n} images to {out}/" if args.each else f"wrote {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return exit_status(lambda: run(args))
+    return data.exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

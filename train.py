@@ -6,8 +6,9 @@
     python train.py --init MODEL --data FOLDER --lr 1e-4        fine-tunes
     torchrun --nproc-per-node 4 train.py --data FOLDER          the same batch, on four GPUs
 
-Every draw (data order, flips, timesteps, noise, dropout) is a pure function of (seed, step, position in the batch), so
-a run that is stopped anywhere and resumed equals the run that was not, and the number of processes changes nothing.
+Every draw (data order, flips, timesteps, noise) is a pure function of (seed, step, position in the batch), and dropout
+one of (seed, step, process). So a run that is stopped anywhere and resumed equals the run that was not, and the number
+of processes changes rounding alone, dropout apart.
 """
 
 import argparse
@@ -195,7 +196,11 @@ def read_config(path: Path) -> dict:
     """A run's config.json, its settings checked as flags are. InputError names what is wrong with it."""
     config = sample.read_json(path)
     settings = config.get("settings")
-    if not isinstance(settings, dict) or settings.keys() != DEFAULTS.keys() | {"init"}:
+    if (
+        not isinstance(settings, dict)
+        or settings.keys() != DEFAULTS.keys() | {"init"}
+        or not (settings["init"] is None or isinstance(settings["init"], str))
+    ):
         raise InputError(f"{path} is no config.json of a run of this version")
     for name, (default, kind, _) in ((name, row) for group in SETTINGS.values() for name, row in group.items()):
         value = settings[name]
@@ -215,11 +220,13 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
         raise InputError("--preset and --config both set everything; give one of them")
     settings = DEFAULTS | {"init": None} | (PRESETS[run.preset or DEVICE_PRESETS[device.type]] if not config else {})
     settings |= (config["settings"] if config else {}) | given
-    settings["init"] = os.path.abspath(run.init) if run.init else settings["init"]
+    settings["init"] = os.path.abspath(run.init) if run.init is not None else settings["init"]
     if "steps" in given:
         settings["epochs"] = None
     settings["device"] = device.type
-    settings["precision"] = settings["precision"] or sample.choose_precision(device)
+    if settings["precision"] is None:  # a GPU without bf16 trains in fp16, with a scaler
+        missing = device.type == "cuda" and not sample.has_bf16(device)
+        settings["precision"] = "fp16" if missing else sample.choose_precision(device)
     if settings["precision"] == "bf16" and device.type == "mps":
         raise InputError("--precision bf16 is not implemented for mps; choose fp32")
     settings["compile"] = device.type == "cuda" if settings["compile"] is None else settings["compile"]
@@ -298,11 +305,15 @@ class Hashing:
     """A file that is written through, and the SHA-256 of what went through."""
 
     def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
 
     def write(self, content) -> int:
         self.sha256.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -313,16 +324,20 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
 
     def write(file):
         hashing = Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:  # torch's writer hides what the disk said
+            raise hashing.error or error from None
         file.write(hashing.sha256.digest())
 
     data.atomic_write(folder / f"checkpoint-{step:08d}.pt", write)
     for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
-        old.unlink()
+        with data.disk_errors(f"delete {old}"):
+            old.unlink()
 
 
-def load_checkpoint(folder: Path) -> dict | None:
-    """The newest checkpoint that is whole, or None. A damaged one is named and passed over."""
+def load_checkpoint(folder: Path) -> dict:
+    """The newest checkpoint that is whole; a damaged one is named and passed over. InputError where none is left."""
     for file in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
         try:
             content = file.read_bytes()
@@ -332,7 +347,13 @@ def load_checkpoint(folder: Path) -> dict | None:
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         print(f"{file} is damaged; trying the one before", file=sys.stderr)
-    return None
+    raise InputError(f"{folder} has no checkpoint that is whole, so there is nothing to go on from; start a new run")
+
+
+def identity(record: dict) -> str:
+    """What may not change while a run goes on, as text: it is kept in each checkpoint and compared on resuming."""
+    settings = {name: value for name, value in record["settings"].items() if name not in RESUMABLE}
+    return json.dumps([settings, record["network"], record["schedule"]], sort_keys=True)
 
 
 def log(folder: Path, record: dict) -> None:
@@ -345,7 +366,9 @@ def cut_metrics(folder: Path, step: int) -> None:
     """Drops what was logged after the checkpoint, a line cut off by a crash included: it will be logged again."""
     path = folder / "metrics.jsonl"
     kept = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    with data.disk_errors(f"read {path}"):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
@@ -367,15 +390,36 @@ def git_commit() -> str | None:
         return None
 
 
-def new_folder(out: Path | None) -> Path:
-    """Creates the run's folder. InputError for one that holds anything: a new run overwrites nothing."""
-    folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    with data.disk_errors(f"make the folder --out {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
+def refuse_occupied(folder: Path) -> None:
+    """InputError for a folder that holds anything: a new run overwrites nothing."""
+    with data.disk_errors(f"use the folder --out {folder}"):
+        occupied = folder.exists() and any(folder.iterdir())
     if occupied:
         raise InputError(f"--out {folder} is not empty; go on with it by --resume, or name a new folder")
+
+
+def new_folder(out: Path | None) -> Path:
+    """Creates the run's folder, a dated one where none was named."""
+    folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    refuse_occupied(folder)
+    with data.disk_errors(f"make the folder --out {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def raise_if_changed(run: argparse.Namespace, given: dict, base: dict | None, dataset, start_model) -> None:
+    """--config repeats a run only on the data, and from the model, that it had. InputError otherwise."""
+    if not run.config:
+        return
+    same = (base.get("data") or {}).get("fingerprint") == dataset.fingerprint
+    if not same and not {"data", "revision", "size", "image_channels"} & given.keys():
+        raise InputError(
+            f"--config {run.config}: {dataset.source} is not what it was; to use it all the same, add --data"
+        )
+    if start_model and run.init is None and base.get("init_hash") != start_model.hash:
+        raise InputError(
+            f"--config {run.config}: the model it began from has changed; to use it all the same, add --init"
+        )
 
 
 # ---- batches, held-out loss, pictures --------------------------------------------------------------------------------
@@ -577,31 +621,33 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
-    def agreed(self, world: int, now: bool, device: torch.device) -> int:
-        """The signal, if any. Several processes must stop at the same step: they ask each other only where `now`."""
-        if world == 1 or not now:
-            return self.signal if world == 1 else 0
-        flag = torch.tensor(self.signal, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    def agreed(self, group) -> int:
+        """The signal, if any: asked of all processes of a group at each step, for they must stop at the same one."""
+        if group is None:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         return int(flag)
 
 
-def start_resumed(run: argparse.Namespace, given: dict) -> dict:
-    """config.json of the run to go on with, its settings brought up to date with the few flags that may change."""
+def start_resumed(run: argparse.Namespace, given: dict) -> tuple[dict, dict]:
+    """config.json of the run to go on with, brought up to date with the few flags that may change; its checkpoint."""
     named = {name for name in ("out", "preset", "config", "init") if getattr(run, name) is not None}
     if refused := sorted((given.keys() - RESUMABLE) | named):
         flag = refused[0].replace("_", "-")
         raise InputError(f"--{flag} cannot change when a run is resumed; start a new run, or leave it out")
-    saved = read_config(run.resume / "config.json")
-    try:
-        unet.UNetConfig.from_dict(saved["network"]), ddpm.Schedule.from_dict(saved["schedule"])
-        saved["data"]["fingerprint"].encode()
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{run.resume / 'config.json'} is damaged: {error}") from error
+    file = run.resume / "config.json"
+    saved, checkpoint = read_config(file), load_checkpoint(run.resume)
+    if not isinstance(saved.get("data"), dict) or not {"network", "schedule"} <= saved.keys():
+        raise InputError(f"{file} is damaged: it lacks network, schedule or data")
+    if identity(saved) != checkpoint["identity"]:
+        raise InputError(
+            f"{file} is not what it was when {run.resume} began; undo the edit, or start a new run by --config"
+        )
     saved["settings"] |= given
     if "steps" in given:
         saved["settings"]["epochs"] = None
-    return saved
+    return saved, checkpoint
 
 
 def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
@@ -611,8 +657,6 @@ def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.U
     settings["image_channels"], settings["classes"] = config.image_channels, bool(config.num_class_embeds)
     if settings["size"] % config.divisor:
         raise InputError(f"--size {settings['size']} must be a multiple of {config.divisor} for this model")
-    if config.image_channels not in (1, 3) or config.out_channels != config.in_channels:
-        raise InputError(f"--init: a model of {config.in_channels} to {config.out_channels} channels cannot be trained")
     side = settings["size"] // config.patch_size
     return replace(config, sample_size=side, dropout=settings["dropout"]), model.schedule
 
@@ -638,6 +682,10 @@ def open_folder(folder: Path, state: State, record: dict, batches: Batches, text
     data.write_png(folder / "samples/data.png", data.grid(data.to_uint8(batches(0)[0][:64])))
     kept = record["data"]
     print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
+    for line in kept["skipped"][:5]:
+        print(f"skipped {line}")
+    if len(kept["skipped"]) > 5:
+        print(f"skipped {len(kept['skipped'])} in all; `python data.py` lists them")
     print(text)
     print(f"{folder}: " + (f"going on from step {state.step}" if state.step else "a new run"), flush=True)
 
@@ -660,7 +708,9 @@ def train(run: argparse.Namespace, given: dict) -> int:
     lead = rank == 0
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs say the same thing; give one of them")
-    saved = start_resumed(run, given) if run.resume else None
+    saved, checkpoint = start_resumed(run, given) if run.resume else (None, None)
+    if run.out is not None:
+        refuse_occupied(run.out)
     base = saved or (read_config(run.config) if run.config else None)
     device = sample.choose_device(given.get("device") or (base["settings"]["device"] if base else None))
     if world > 1:
@@ -669,6 +719,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+    signals = dist.new_group(backend="gloo") if world > 1 else None  # on the CPU: asking does not wait for a GPU
 
     # -- settings and data
     settings = saved["settings"] if saved else resolve(run, given, base, device)
@@ -681,11 +732,16 @@ def train(run: argparse.Namespace, given: dict) -> int:
         raise InputError(f"--batch-size {settings['batch_size']} must be a multiple of {share}: "
                          "processes times --accumulate")  # fmt: skip
     dataset = prepare_data(settings, rank, world)
-    if saved and saved["data"]["fingerprint"] != dataset.fingerprint:
-        raise InputError(f"--resume {run.resume}: its data are no longer what they were ({settings['data']})")
+    if saved and saved["data"].get("fingerprint") != dataset.fingerprint:
+        raise InputError(
+            f"{settings['data']}: the data are no longer what they were; name them with --data if they moved"
+        )
+    raise_if_changed(run, given, base, dataset, start_model)
     rows, held_rows = data.split(dataset)
     if settings["epochs"]:
         settings["steps"] = math.ceil(settings["epochs"] * len(rows) / settings["batch_size"])
+    if not base and "warmup" not in given:  # the default, or a preset's, in a short run
+        settings["warmup"] = min(settings["warmup"], settings["steps"] // 10)
 
     # -- model, or resume
     if saved:
@@ -705,31 +761,41 @@ def train(run: argparse.Namespace, given: dict) -> int:
         network.load_state_dict(start_model.network.state_dict())
     network.to(device=device, memory_format=torch.channels_last)
     state = State(network, settings, device)
-    if checkpoint := load_checkpoint(run.resume) if saved else None:
+    if checkpoint:
         state.load_state_dict(checkpoint)
         del checkpoint
     if state.step >= settings["steps"]:
         raise InputError(f"{run.resume} has finished its {state.step} steps; give a larger number with --steps")
 
     # -- batches, compile, the run's folder
+    def save_state() -> None:
+        save_checkpoint(folder, state.step, state.state_dict() | {"identity": identity(record)}, settings["keep"])
+
     def autocast():
         return torch.autocast(device.type, sample.PRECISIONS[settings["precision"]], enabled=amp)
 
     amp = settings["precision"] != "fp32"
     table = ddpm.training_table(schedule, settings["loss"], settings["gamma"]).to(device, torch.float32)
-    cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
+    try:
+        cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
+    except ValueError as error:
+        raise InputError(f"--density-mean and --density-std: {error}") from error
     batches = Batches(dataset, rows, settings, cdf, device, rank, world)
     held_out = HeldOut(dataset, held_rows, settings, cdf, device)
     cost = probe(network, batches, table, settings, autocast)
     folder = run.resume or (new_folder(run.out) if lead else None)
     if lead:
         kept = {"source": dataset.source, "revision": dataset.revision, "fingerprint": dataset.fingerprint,
-                "images": len(rows), "held_out": len(held_rows), "skipped": len(dataset.skipped)}  # fmt: skip
+                "images": len(rows), "held_out": len(held_rows), "skipped": list(dataset.skipped[:100])}  # fmt: skip
         record = {"schema": 1, "settings": settings, "network": config.to_dict(), "schedule": schedule.to_dict(),
                   "data": kept, "versions": versions(), "git_commit": git_commit(), "processes": world,
-                  "threads": torch.get_num_threads()}  # fmt: skip
-        preset = "as before" if saved or run.config else run.preset or DEVICE_PRESETS[device.type]
+                  "threads": torch.get_num_threads(),
+                  "init_hash": start_model.hash if start_model else (base or {}).get("init_hash")}  # fmt: skip
+        preset = run.preset or DEVICE_PRESETS[device.type]
+        preset = "as before" if base else f"from {settings['init']}" if start_model else preset
         open_folder(folder, state, record, batches, describe(settings, preset, state, cost, world))
+        if not saved:
+            save_state()  # so that a run that dies early goes on from the same weights
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     no_sync = forward.no_sync if world > 1 else nullcontext
 
@@ -751,14 +817,14 @@ def train(run: argparse.Namespace, given: dict) -> int:
         due = {name for name in ("log", "eval", "preview", "save") if state.step % settings[f"{name}_every"] == 0}
         if state.step == steps:
             due = {"log", "eval", "preview", "save"}
-        asked = stop.agreed(world, bool(due), device)
+        asked = stop.agreed(signals)
         if not due and not asked:
             continue
         if state.first_bad >= 0:  # the one place that waits for the device
             at = int(state.first_bad)
             raise Diverged(
                 f"the loss or a gradient was not finite at step {at}, with the images {batches.indices(at).tolist()} "
-                "of the data; what was saved before is kept (a lower --lr or --precision fp32 may help)"
+                "of the data; what was saved is kept; a new run with a lower --lr or --precision fp32 may help"
             )
         if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
             raise Diverged(f"gradients overflow fp16 at step {state.step} even unscaled; try --precision fp32")
@@ -784,7 +850,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
             if "save" in due or asked:
                 # The checkpoint last: it says that everything up to its step is on disk.
                 sample.save_model(folder / "model", state.ema, schedule)
-                save_checkpoint(folder, state.step, state.state_dict(), settings["keep"])
+                save_state()
         if asked:
             break
     bar.close()
@@ -810,7 +876,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    return sample.exit_status(work) or status
+    return data.exit_status(work) or status
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ class UNetConfig:
         if type(self.freq_shift) is not int or not 0 <= self.freq_shift < self.block_out_channels[0] // 2:
             raise ValueError(f"freq_shift must be from 0 to below half of the first channels, not {self.freq_shift!r}")
         sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
-        if self.sample_size is not None and (len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides)):
+        if self.sample_size is not None and (
+            len(sides) != 2 or any(type(s) is not int or not 1 <= s <= 2**16 for s in sides)
+        ):
             raise ValueError(f"sample_size must be a whole number, two of them or null, not {self.sample_size!r}")
         names = self.class_names
         if names is not None and not (
@@ -369,10 +371,10 @@ MAX_HEADER = 100_000_000  # bytes, the official package's limit
 LEGACY_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def write_safetensors(tensors: dict[str, Tensor], file, metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(tensors: dict[str, Tensor], file) -> None:
     """Writes named tensors to a binary file object in the safetensors format, in order of their names."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict = {"__metadata__": metadata or {"format": "pt"}}
+    header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in sorted(tensors.items()):
         end = offset + tensor.numel() * tensor.element_size()

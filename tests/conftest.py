@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # networks this small gain nothing from a second threa
 
 SIZES = ["--size", "16", "--channels", "16,32", "--attention", "8", "--head-dim", "16", "--batch-size", "8"]
 TINY = [*SIZES, "--warmup", "2", "--precision", "fp32"]
-OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "5", "--save-every", "4"]
+OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--save-every", "4"]
 
 
 @pytest.fixture(scope="session")

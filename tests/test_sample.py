@@ -373,6 +373,7 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
         (["--device", "tpu"], "--device tpu"),
         (["--out", "."], "is a folder; without --each name a file"),
         (["--out", "file", "--each"], "is a file; with --each name a folder"),
+        (["--out", "x.jpg"], "pictures are PNG files"),
         (["--out", "file/x.png"], "a file is where a folder is needed"),
         (["--model", "nowhere"], "nowhere: there is no such folder"),
     ],

@@ -409,7 +409,7 @@ def test_files_of_a_run(trained, shapes):
         "checkpoint-00000012.pt",
     ]
     assert sorted(path.name for path in (trained / "samples").iterdir()) == [
-        "00000005.png", "00000010.png", "00000012.png", "data.png"]  # fmt: skip
+        "00000008.png", "00000012.png", "data.png"]  # fmt: skip
     first = make_batches(shapes, classes=False)(0)[0]
     assert np.array_equal(
         np.asarray(Image.open(trained / "samples/data.png")), np.asarray(data.grid(data.to_uint8(first)))
@@ -431,18 +431,28 @@ def test_saving_replaces_only_the_weights(tmp_path, monkeypatch, fit):
 
 
 def test_full_disk_keeps_what_was_saved(tmp_path, monkeypatch, capsys, fit, trained):
-    write = train.Hashing.write
+    class Full:
+        """Takes a megabyte, then the disk is full."""
 
-    def full(self, content):
-        if "00000008" in str(getattr(self.file, "name", "")):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, content)
+        def __init__(self, file):
+            self.file, self.left = file, 10**6 if "00000008" in file.name else 10**12
 
+        def write(self, content):
+            self.left -= len(content)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    start = train.Hashing.__init__
     with monkeypatch.context() as patch:
-        patch.setattr(train.Hashing, "write", full)
+        patch.setattr(train.Hashing, "__init__", lambda self, file: start(self, Full(file)))
         assert fit(tmp_path / "run", *ACCUMULATED) == 2
     assert "No space left on device" in error_of(capsys)
-    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-00000004.pt"]
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*4.pt")] == ["checkpoint-00000004.pt"]
+    assert not list((tmp_path / "run").glob(".*"))
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert_same_run(tmp_path / "run", trained)
 
@@ -650,7 +660,7 @@ def test_run_whose_config_is_damaged(tmp_path, capsys, fit):
     capsys.readouterr()
     good = sample.read_json(tmp_path / "run/config.json")
     for damage in ({"network": None}, {"network": {"act_fn": "x"}}, {"schedule": {"beta_schedule": "x"}}, {"data": 3},
-                   {"data": {}}, {"schedule": 3}):  # fmt: skip
+                   {"schedule": 3}, {"settings": good["settings"] | {"seed": 5}}):  # fmt: skip
         sample.write_json(tmp_path / "run/config.json", good | damage)
         assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2, damage
         assert "config.json" in error_of(capsys)
