@@ -833,3 +833,45 @@ def test_dropout_is_another_at_every_step(tmp_path, monkeypatch, fit):
     monkeypatch.setattr(train, "backward", recording)
     assert fit(tmp_path / "run", steps=6) == 0
     assert len(set(seeds[-6:])) == 6
+
+
+# ---- what a run may go on from, and be repeated from -----------------------------------------------------------------
+
+
+def test_fine_tuning_that_dies_early_goes_on_from_the_same_weights(tmp_path, monkeypatch, shapes, trained):
+    flags = ["--init", str(trained), "--data", str(shapes), "--steps", "3", "--batch-size", "4", "--precision", "fp32"]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+
+    def crash():
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, crash)
+        with pytest.raises(PowerCut):
+            train.main([*flags, "--out", str(tmp_path / "killed")])
+    assert train.main(["--resume", str(tmp_path / "killed")]) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(tmp_path, capsys, fit):
+    assert fit(tmp_path / "run", steps=4) == 0
+    for file in (tmp_path / "run").glob("checkpoint-*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "9"]) == 2
+    assert "no checkpoint that is whole" in error_of(capsys)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_config_repeats_only_what_it_had(tmp_path, capsys, fit):
+    shapes = make_shapes(tmp_path / "shapes", 40, 16)
+    assert fit(tmp_path / "run", data=shapes, steps=1) == 0
+    next(shapes.rglob("*.png")).unlink()
+    flags = ["--config", str(tmp_path / "run/config.json"), "--out", str(tmp_path / "again")]
+    assert train.main(flags) == 2 and "is not what it was" in error_of(capsys)
+    assert train.main([*flags, "--data", str(shapes)]) == 0
+
+
+def test_density_without_a_timestep(tmp_path, capsys, fit):
+    assert fit(tmp_path / "run", "--density-mean", "20", "--density-std", "0.01") == 2
+    assert "no timestep has noise near" in error_of(capsys) and not (tmp_path / "run").exists()
