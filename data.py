@@ -1,4 +1,4 @@
-"""Files and pixels: from a folder, parquet files or a hub id to one uint8 array on disk, and back to PNG.
+"""Files and pixels: from a folder, parquet files, a hub id or its own drawing to one uint8 array, and back to PNG.
 
 `prepare` decodes a source once and caches it; `split` sets near-duplicate-free held-out images aside;
 `batch_indices`, `flip` and `generator` are pure functions of (seed, step): there is no loader state.
@@ -23,10 +23,10 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-FORMAT = 1  # of the prepared folder and of the conversion that fills it: a change makes every cache key a new one
+FORMAT = 2  # of the prepared folder and of the conversion that fills it: a change makes every cache key a new one
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZES = (8, 1024)  # 8: the near-duplicate descriptor has 8 x 8 cells
 SHORT_NAMES = {"smithsonian": "huggan/smithsonian_butterflies_subset"}
@@ -58,9 +58,11 @@ class Dataset:
     labels: np.ndarray | None  # int64 (N,), indices into classes
     classes: tuple[str, ...]  # () where there are none
     digests: np.ndarray  # uint8 (N, 32): SHA-256 of each image's encoded bytes, the same at every size
-    fingerprint: str  # SHA-256 over images, labels and class names, in order
-    source: str  # absolute path or hub id
-    revision: str | None  # of a hub id
+    groups: np.ndarray  # int64 (N,): near-duplicates have the same number
+    checksum: str  # SHA-256 over images, labels and class names, in order
+    fingerprint: str  # the checksum; of drawn images, which may differ by 2 levels elsewhere, SHA-256 of what to draw
+    source: str  # absolute path, hub id or drawn:N
+    revision: str | None  # of a hub id, or of the drawing
     skipped: tuple[str, ...]  # "name: reason"
     folder: Path  # where it is cached
 
@@ -69,19 +71,19 @@ class Dataset:
 class Source:
     """Where images come from, before anything is decoded."""
 
-    kind: str  # "folder", "parquet" or "hub"
-    name: str  # absolute path or hub id
+    kind: str  # "folder", "parquet", "hub" or "drawn"
+    name: str  # absolute path, hub id or drawn:N
     revision: str | None
-    root: Path  # of `files`
-    files: tuple[str, ...]  # relative posix paths, sorted; () for the hub
+    root: Path = Path()  # of `files`
+    files: tuple[str, ...] = ()  # relative posix paths, sorted
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image that is still encoded: its bytes, or the file that holds them."""
+    """One image that is still encoded: its bytes, the file that holds them, or what draws it at a size."""
 
     name: str
-    encoded: bytes | Path
+    encoded: bytes | Path | Callable[[int], np.ndarray]
     label: int | str | None
 
 
@@ -244,21 +246,305 @@ def atomic_write(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
             os.close(folder)
 
 
-def write_png(path: Path | str, image: Image.Image, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG atomically, with `text` as its text chunks. Raises InputError as atomic_write does."""
+def write_png(
+    path: Path | str, image: Image.Image, text: Mapping[str, str] | None = None, film: Sequence[Image.Image] = ()
+) -> None:
+    """Write a PNG atomically, with `text` as its text chunks. Raises InputError as atomic_write does.
+
+    With `film` it is animated: those pictures at ten a second, then `image` for two; a GIF by the name's suffix."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, str(value))
-    atomic_write(path, lambda file: image.save(file, "PNG", pnginfo=info))
+    options = {"save_all": True, "append_images": [*film[1:], image], "loop": 0} if film else {}
+    options |= {"duration": [100] * len(film) + [2000]} if film else {}
+    kind = "GIF" if Path(path).suffix.lower() == ".gif" else "PNG"
+    atomic_write(path, lambda file: (film[0] if film else image).save(file, kind, pnginfo=info, **options))
 
 
-def read_png_text(path: Path | str) -> dict[str, str]:
-    """The text chunks of a PNG, {} where it has none. Raises InputError for what is no readable PNG."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return {key: str(value) for key, value in image.text.items()}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the PNG {path}: {_reason(error)}") from error
+# ------------------------------------------------------------------------------------------ drawn butterflies
+
+DRAWN_VERSION = 1  # of all that follows: a change that shows by more than 2 levels of 255 makes it a new one
+DRAWN_COUNT = 8192
+# Outlines of right wings: corners of a smooth closed curve, x outwards and y upwards from the middle of the thorax.
+# Lengths are in half sides of the picture, before the scale of the specimen. Both wings turn about the hinge.
+HINGE = (0.09, 0.04)
+OUTLINES = {
+    "broad": "0,.1 .32,.38 .66,.58 .87,.59 .86,.42 .72,.20 .62,-.04 .32,-.08 0,-.06",
+    "hooked": "0,.1 .30,.40 .62,.62 .90,.68 .84,.50 .68,.24 .61,-.04 .3,-.08 0,-.06",
+    "angled": "0,.1 .30,.40 .60,.58 .80,.57 .77,.44 .67,.32 .68,.14 .60,-.04 .3,-.08 0,-.06",
+    "long": "0,.1 .40,.32 .76,.44 .97,.38 .94,.22 .76,.06 .54,-.06 .3,-.08 0,-.06",
+    "round": "0,.1 .28,.40 .54,.58 .73,.57 .78,.38 .70,.16 .58,-.04 .3,-.08 0,-.06",
+    "pointed": "0,.1 .34,.44 .70,.68 .88,.72 .82,.52 .62,.20 .50,-.04 .26,-.08 0,-.06",
+    "fan": "0,.08 .30,.08 .56,.02 .68,-.18 .62,-.42 .44,-.58 .24,-.56 .08,-.40 0,-.1",
+    "small": "0,.08 .26,.06 .50,.0 .60,-.14 .54,-.34 .38,-.48 .20,-.48 .07,-.34 0,-.1",
+    "tapered": "0,.08 .28,.07 .52,.0 .60,-.2 .54,-.42 .38,-.62 .24,-.64 .10,-.46 0,-.1",
+}
+# Forewing, hindwing, depth of the scallops, length of the tail; then layers of paint, the ground first: on which wings
+# (f, h or both), the painter, a method of _Wing, colours, its numbers.
+FAMILIES = {
+    "admiral": ("angled", "fan", 0.02, 0, "fh ground 211; fh base 543 .4; f slash d42 .44 .055 .9; h margin d52 "
+        ".13; h spots 211 .91 .016 7; f tip 111 .3; f spots eee .8 .026 9 0 .5; f slash eee .66 .02 .9; fh margin "
+        "cb9 .012"),
+    "birdwing": ("long", "small", 0, 0, "fh ground 111; f streak 3a4 .26 .06; f streak 3a4 .8 .05; f shine 8e7 .35; "
+        "f veins 111 .012; h ground eb2; h veins 111 .01; fh margin 111 .07; h spots 111 .76 .028 6"),
+    "blue": ("round", "fan", 0, 0, "fh ground 79d; fh shine bcf .7; fh base 459 .35; fh veins 45a .005; fh margin "
+        "234 .05; h spots 223 .87 .018 7; fh margin eee .022"),
+    "copper": ("round", "fan", 0.01, 0, "f ground e72; h ground 433; fh shine fb5 .4; fh veins 531 .004; f margin "
+        "322 .1; f spots 211 .74 .026 7; f eye 211 .35 .42 .035; f eye 211 .55 .28 .03; h arc e72 .86 .055; h spots "
+        "211 .93 .014 8; fh base 322 .25"),
+    "glasswing": ("long", "fan", 0, 0, "fh ground dcc; fh shine bcd .6; fh veins 322 .01; fh margin 532 .1; fh "
+        "arc c63 .89 .03; f slash 421 .5 .03 .6; fh margin 221 .03"),
+    "longwing": ("long", "small", 0, 0, "fh ground 111; fh shine 335 .5; f slash d32 .56 .08 .55; h streak ed7 .3 "
+        ".04; fh margin 544 .008"),
+    "monarch": ("broad", "fan", 0.008, 0, "fh ground e72; fh base b51 .5; f tip 211 .34; fh veins 211 .013; fh "
+        "margin 211 .1; fh spots fed .95 .012 14; fh spots fed .885 .011 15; f spots ec8 .74 .03 9 .02 .4"),
+    "morpho": ("hooked", "fan", 0.012, 0, "fh ground 27d; fh shine 7cf .9; fh base 136 .3; fh veins 125 .006; f "
+        "tip 111 .36; fh margin 111 .09; f spots eef .93 .012 9"),
+    "mourningcloak": ("angled", "fan", 0.025, 0, "fh ground 412; fh shine 733 .4; fh base 211 .4; fh margin 111 "
+        ".18; fh margin eda .095; fh spots 58d .8 .02 11"),
+    "owl": ("broad", "fan", 0.01, 0, "fh ground 864; fh ripples 532 9 .35; fh base 542 .45; f arc db8 .78 .05; fh "
+        "margin 422 .09; f eye db8,211 .22 .7 .07; h eye ec9,211,d93,111 .5 .56 .17"),
+    "peacock": ("angled", "fan", 0.03, 0, "fh ground a32; fh base 521 .35; fh veins 621 .006; fh margin 543 .09; "
+        "f eye ec7,323,68d,a43 .24 .76 .13; h eye dc9,112,68e,212 .42 .7 .14"),
+    "sulphur": ("round", "fan", 0, 0, "fh ground ed2; fh shine fe9 .5; fh base 872 .15; fh veins ca1 .005; fh "
+        "margin 222 .12; f spots ed2 .93 .012 7; f eye 222 .4 .46 .04; h eye e82 .5 .4 .06"),
+    "swallowtail": ("hooked", "fan", 0.03, 0.27, "fh ground ec5; fh veins 111 .01; f stripes 111 4.2; fh margin "
+        "111 .15; fh spots ec5 .92 .022 8; h arc 47c .8 .04; h eye d43,111 .85 .78 .055; fh base 111 .28"),
+    "white": ("round", "fan", 0, 0, "fh ground eed; fh base 888 .28; fh veins ccb .006; f tip 333 .24; f eye 333 "
+        ".45 .6 .045; f eye 333 .72 .62 .045; h eye 444 .1 .62 .04"),
+    "zebra": ("pointed", "tapered", 0, 0.34, "fh ground eed; fh shine ced .5; f stripes 112 6.5; h streak 112 .42 "
+        ".022; h streak 112 .8 .022; fh margin 112 .06; h arc 47c .84 .025; h eye d33 .93 .62 .05"),
+}  # fmt: skip
+TURNS = 512  # angles at which a wing's outline is kept
+
+
+def _smooth(x: np.ndarray) -> np.ndarray:
+    """0 below 0, 1 above 1, a cubic between."""
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)
+
+
+@functools.cache
+def _outline(corners: str) -> tuple[np.ndarray, np.ndarray]:
+    """Angles and radii about the hinge of the closed curve through the corners (Catmull & Rom 1974)."""
+    p = np.array([corner.split(",") for corner in corners.split()], float) - HINGE
+    before, after, beyond = (np.roll(p, shift, 0)[:, None] for shift in (1, -1, -2))
+    t, p = np.linspace(0, 1, 16, endpoint=False)[:, None], p[:, None]
+    cubic = 2 * before - 5 * p + 4 * after - beyond + t * (3 * (p - after) + beyond - before)
+    curve = (p + t / 2 * (after - before + t * cubic)).reshape(-1, 2)
+    angles = np.arctan2(curve[:, 1], curve[:, 0])
+    order = np.argsort(angles)
+    return angles[order], np.hypot(*curve[order].T)
+
+
+@dataclass(frozen=True)
+class _Wing:
+    """A wing's outline and, of each pixel, its place on the wing: arrays of one shape.
+
+    Its painters take numbers and return how much of a layer's colour each pixel takes, 0 to 1."""
+
+    x: np.ndarray  # from the middle of the body outwards
+    y: np.ndarray  # upwards
+    u: np.ndarray  # 0 at the hinge, 1 at the outline
+    a: np.ndarray  # 0 at the leading edge, 1 at the trailing edge
+    radius: np.ndarray  # from the hinge to the outline, through the pixel
+    inside: np.ndarray  # distance to the outline, negative outside of it
+    outline: Callable[[float], float]  # a -> radius, without wear
+    edges: tuple[float, float]  # angles of the leading and trailing edges
+    pixel: float  # side of a pixel
+    mottle: np.ndarray | None = None  # smooth noise, -1 to 1
+    light: float = 0.0  # the angle that it falls from
+
+    def covered(self, depth: np.ndarray) -> np.ndarray:
+        """Antialiasing: the share of each pixel that lies inside of an edge, from its distance to it."""
+        return np.clip(depth / self.pixel + 0.5, 0, 1)
+
+    def across(self, a: np.ndarray | float) -> np.ndarray:
+        """The distance to the ray at a."""
+        return np.abs(self.a - a) * self.u * self.radius * (self.edges[0] - self.edges[1])
+
+    def away(self, a: float, u: float) -> np.ndarray:
+        """The distance to a place on the wing."""
+        angle, r = self.edges[0] - a * (self.edges[0] - self.edges[1]), u * self.outline(a)
+        return np.hypot(self.x - HINGE[0] - r * math.cos(angle), self.y - HINGE[1] - r * math.sin(angle))
+
+    def ground(self):
+        return np.ones_like(self.u)
+
+    def base(self, reach):
+        return 0.9 * np.exp(-((self.u / reach) ** 2))
+
+    def tip(self, reach):
+        return _smooth((reach - self.away(0.18, 1) + 0.04 * self.mottle) / 0.1)
+
+    def eye(self, a, u, radius):  # rings, a colour each
+        return [self.covered(radius * share - self.away(a, u)) for share in (1, 0.74, 0.45, 0.2)]
+
+    def arc(self, u, width):
+        width = width * (1 + 0.25 * np.cos(16 * math.pi * self.a))
+        return self.covered((width - np.abs(self.u - u)) * self.radius)
+
+    def margin(self, width):
+        lobes = 1 + (0.16 * np.cos(16 * math.pi * self.a) + 0.15 * self.mottle) * (width > 0.03)
+        return self.covered(width * lobes - self.inside) * _smooth((self.u - 0.45) / 0.2)
+
+    def spots(self, u, radius, count, first=0.0, last=1.0):
+        along = ((self.a * count) % 1 - 0.5) / count * self.across(self.a - 1)
+        mask = self.covered(radius - np.hypot(along, (self.u - u) * self.radius))
+        return mask * _smooth((self.a - first) * 50) * _smooth((last - self.a) * 50)
+
+    def slash(self, x, width, slant):
+        wave = 1 + 0.2 * np.sin(40 * self.y) + 0.4 * self.mottle
+        mask = self.covered(width * wave - np.abs(self.x - x + slant * (self.y - 0.35)))
+        return mask * _smooth(self.inside / 0.03 - 0.3)
+
+    def streak(self, a, width):
+        width = width * (1 + 0.3 * self.mottle) * np.minimum(1, 3 - 3 * self.u)
+        return self.covered(width - self.across(a + 0.1 * self.u**2)) * _smooth(6 * self.u - 0.5)
+
+    def stripes(self, count):
+        q = (0.8 * self.x + 0.6 * self.y) * count + 0.05 * self.light
+        return self.covered((0.3 - 0.13 * self.a - np.abs(q - np.round(q))) / count) * _smooth((0.8 - self.a) / 0.15)
+
+    def ripples(self, count, strength):
+        phase = 2 * math.pi * self.u * count + 5 * self.mottle + 4 * np.sin(14 * self.a)
+        return strength * _smooth(0.5 + 0.5 * np.sin(phase))
+
+    def shine(self, strength):
+        towards = self.x * math.cos(self.light) + self.y * math.sin(self.light)
+        return 0.6 * strength * _smooth(0.5 + 1.2 * (towards + 0.25 * self.mottle))
+
+    def veins(self, width):
+        q = 8 * self.a + 0.4 * (self.u - 0.5)
+        rays = self.covered(width * (0.5 + self.u) - np.abs(q - np.round(q)) / 8 * self.across(self.a - 1))
+        cell = self.covered(0.8 * width - np.abs(self.u - 0.42 - 0.08 * np.cos(6.3 * self.a)) * self.radius)
+        cell = cell * _smooth((self.a - 0.05) / 0.1) * _smooth((0.8 - self.a) / 0.1)
+        sides = self.covered(0.8 * width - np.minimum(self.across(0.12), self.across(0.62)))
+        outer = _smooth((self.u - 0.3) / 0.1)
+        mask = np.maximum(np.maximum(rays * outer, cell), sides * (1 - outer))
+        return mask * min(1, 1.5 * width / self.pixel)  # thinner than a pixel: paler
+
+
+def _rgb(digits: str) -> np.ndarray:
+    return np.array([[int(digit, 16) / 15] for digit in digits], np.float32)
+
+
+def draw_butterfly(seed: int, index: int, size: int) -> np.ndarray:
+    """Specimen `index` of a seed's endless collection, pinned on paper: uint8 (3, size, size), antialiased.
+
+    A function of (DRAWN_VERSION, seed, index) at every size, to 2 levels on any machine. Its family is number
+    index % len(FAMILIES) of FAMILIES. Seeds and indices go from 0 to 2^56.
+    """
+    bits = np.random.Philox(key=[seed, DRAWN_VERSION << 56 | index]).random_raw(256)  # a stream that never changes
+    numbers = iter(((bits >> np.uint64(11)) * 2.0**-53).tolist())
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * next(numbers)
+
+    forewing, hindwing, scallops, tail, text = list(FAMILIES.values())[index % len(FAMILIES)]
+    outlines = {"h": _outline(OUTLINES[hindwing]), "f": _outline(OUTLINES[forewing])}
+    factor = max(1, round(144 / size))  # small pictures are drawn larger and averaged
+    side = size * factor
+    axis = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
+    x, y = np.meshgrid(axis - between(-0.03, 0.03), -axis - between(-0.03, 0.03) - 0.03)
+    paper = np.array([between(0.955, 0.985), between(0.95, 0.975), between(0.925, 0.95)])[:, None, None]
+    picture = (paper - 0.01 * (x * between(-1, 1) + y * between(-1, 1))).astype(np.float32)
+
+    turn, reach = 0.5 * between(-1, 1) ** 3, between(0.84, 0.97)
+    scale = reach / max(radii.max() for _, radii in outlines.values())
+    cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
+    x, y, pixel = x * cos + y * sin, y * cos - x * sin, 2 / side / scale
+    flat = np.abs(x) / (between(0.84, 1) + between(-0.05, 0.05) * np.sign(x))  # wings tilt, the body does not
+    wear, spread, light = between(0, 1) ** 3, between(-0.14, 0.12), between(0, 6)
+    waves = [(between(-9, 9), between(-9, 9), between(0, 6)) for _ in range(3)]
+    tone = np.array([[between(0.96, 1.04)], [between(0.97, 1.03)], [between(0.94, 1.06)]]) * between(0.88, 1.05)
+    fade = between(0, 0.08) + 0.22 * wear
+
+    wings = {}
+    for key, turned in (("h", -0.6 * spread + between(-0.04, 0.04)), ("f", spread)):
+        edges = (0.80 + turned, -0.20 + turned) if key == "f" else (0.10 + turned, -1.75 + turned)
+        wings[key] = _shape(flat, y, x < 0, pixel, outlines[key], turned, edges, scallops, wear, between)
+    if tail:
+        v = np.clip((-0.46 - y) / tail, 0, 1)
+        width = 0.030 + 0.022 * _smooth((v - 0.45) / 0.4)
+        depth = width - np.hypot(flat - 0.36 - 0.1 * v * v, y + 0.46 + v * tail)
+        np.maximum(wings["h"].inside, depth, out=wings["h"].inside)
+    both, far = np.maximum(wings["f"].inside, wings["h"].inside), max(1, round(0.03 / pixel))
+    shadow = np.full_like(both, -1)
+    shadow[far:, far // 2 :] = both[:-far, : side - far // 2]
+    picture *= 1 - 0.22 * _smooth((shadow + 0.05) / 0.09)
+    layers = [layer.split() for layer in text.split(";")]
+    for key, wing in wings.items():
+        covered = wing.covered(wing.inside)
+        chosen = np.nonzero(covered.ravel())[0]
+        arrays = {name: getattr(wing, name).ravel()[chosen] for name in ("x", "y", "u", "a", "radius", "inside")}
+        mottle = sum(np.sin(p * arrays["x"] + q * arrays["y"] + phase) for p, q, phase in waves) / 3
+        small = replace(wing, **arrays, mottle=mottle, light=light)
+        colours = _paint(small, [layer for layer in layers if key in layer[0]], between)
+        if key == "h":  # the forewing's shadow
+            colours *= 1 - 0.4 * _smooth(1 + wings["f"].inside.ravel()[chosen] / 0.05)
+        colours += fade * (0.7 * colours.mean(0) + 0.2 - colours)
+        pixels = picture.reshape(3, -1)
+        pixels[:, chosen] += covered.ravel()[chosen] * (colours * tone.astype(np.float32) - pixels[:, chosen])
+    body = 0.3 * _rgb(layers[0][2])[:, :, None] + between(0.05, 0.15)
+    _add_body(picture, x, y, pixel, body, between(0.26, 0.36), between(0.20, 0.34))
+    picture = picture.reshape(3, size, factor, size, factor).mean((2, 4))
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _shape(x, y, left, pixel: float, outline, turned: float, edges, scallops: float, wear: float, between) -> _Wing:
+    """Places every pixel (x, y) of the picture on a wing; the two sides (`left` or not) are worn differently."""
+    angles = np.linspace(-math.pi, math.pi, TURNS + 1)
+    plain = np.interp(angles - turned, *outline, period=2 * math.pi)
+    sides = []
+    for _ in range(2):
+        table = plain * (1 + 0.01 * np.sin(angles * between(9, 15) + between(0, 6)))
+        table *= 1 + scallops * np.abs(np.sin(11 * angles))
+        for _ in range(2):  # a piece broken out, or none
+            depth, width = wear * max(0, between(-0.3, 0.35)), between(0.02, 0.1)
+            table *= 1 - depth * np.exp(-(((angles - between(-1.2, 0.9)) / width) ** 2))
+        sides.append(table)
+    table = np.concatenate(sides).astype(np.float32)
+    x0, y0 = x - HINGE[0], y - HINGE[1]
+    r, angle = np.hypot(x0, y0), np.arctan2(y0, x0)
+    place = (angle + math.pi) * (TURNS / (2 * math.pi))
+    cell = np.minimum(place.astype(np.int32), TURNS - 1)
+    part, cell = place - cell, cell + (TURNS + 1) * left
+    low, high = table[cell], table[cell + 1]
+    radius = low + part * (high - low)
+    slope = (high - low) * (TURNS / (2 * math.pi)) / radius  # a slanting outline is nearer than the ray says
+    inside = (radius - r) / np.sqrt(1 + np.minimum(slope * slope, 9))
+    a = (edges[0] - angle) / (edges[0] - edges[1])
+
+    def plain_radius(a: float) -> float:
+        return float(np.interp(edges[0] - a * (edges[0] - edges[1]), angles, plain))
+
+    return _Wing(x, y, r / radius, a, radius, inside, plain_radius, edges, pixel)
+
+
+def _paint(wing: _Wing, layers: list[list[str]], between) -> np.ndarray:
+    """(3, P) colours of a wing's P pixels: its layers, each number varied a little, then light and shade."""
+    colours = np.ones((3, len(wing.u)), np.float32)
+    for _, painter, named, *numbers in layers:
+        varied = [float(number) * between(0.9, 1.1) if "." in number else float(number) for number in numbers]
+        masks = getattr(wing, painter)(*varied)
+        for mask, name in zip(masks if painter == "eye" else [masks], named.split(","), strict=False):
+            colours += mask * (_rgb(name) - colours)
+    folds = 0.04 * np.cos(16 * math.pi * wing.a) * _smooth((wing.u - 0.2) / 0.3)
+    return colours * (0.97 + folds + 0.03 * wing.mottle - 0.18 * np.exp(-((wing.u / 0.22) ** 2)))
+
+
+def _add_body(picture, x, y, pixel: float, colour: np.ndarray, length: float, reach: float) -> None:
+    """Abdomen, thorax, head and antennae, onto the picture (3, H, W)."""
+    for cy, rx, ry in ((-0.22, 0.042, 0.27), (0.06, 0.064, 0.14), (0.22, 0.047, 0.05)):
+        z = np.hypot(x / rx, (y - cy) / ry)
+        shade = 1.5 - 0.9 * np.minimum(z, 1) ** 2 + 0.25 * np.sin(90 * y) * (cy < 0) - 0.3 * x / rx
+        picture += np.clip((1 - z) * rx / pixel + 0.5, 0, 1) * (colour * shade.clip(0.4, 2.2) - picture)
+    v = np.clip((y - 0.22) / length, 0, 1)
+    width = 0.006 + 0.012 * _smooth((v - 0.82) / 0.12)
+    sideways = (np.abs(x) - 0.02 - reach * v**1.3) * math.cos(math.atan(reach / length))
+    depth = width - np.hypot(sideways, y - 0.22 - v * length)
+    picture += np.clip(depth / pixel + 0.5, 0, 1) * np.minimum(1, 2 * width / pixel) * (0.16 - picture)
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -267,8 +553,11 @@ def read_png_text(path: Path | str) -> dict[str, str]:
 def find_source(source: str, revision: str | None = None) -> Source:
     """What `source` names: a folder of images, parquet files, or a hub id. Raises InputError for all else."""
     path = Path(os.path.expanduser(source))
-    if revision and os.path.exists(path):
-        raise InputError(f"revision {revision!r} is for hub ids, and {source} is on this disk; leave it out")
+    drawn = source.partition(":")[0] == "drawn"
+    if revision and (drawn or os.path.exists(path)):
+        raise InputError(f"revision {revision!r} is for hub ids, and {source} is none; leave it out")
+    if drawn:
+        return _find_drawn(source)
     if source and os.path.isdir(path):
         files = _list_files(path)
         for kind, suffixes in (("folder", SUFFIXES), ("parquet", {".parquet"})):
@@ -284,9 +573,25 @@ def find_source(source: str, revision: str | None = None) -> Source:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise InputError(
             f"{source!r} is no folder or parquet file here and no hub id; name a folder of images, "
-            f"a .parquet file, a hub id like org/name, or one of: {', '.join(SHORT_NAMES)}"
+            f"a .parquet file, a hub id like org/name, or one of: auto, drawn, {', '.join(SHORT_NAMES)}"
         )
-    return Source("hub", name, revision, Path(), ())
+    return Source("hub", name, revision)
+
+
+def _find_drawn(source: str) -> Source:
+    match = re.fullmatch(r"drawn(?::(\d{1,9})(?::(\d{1,15}))?)?", source, re.ASCII)
+    count, seed = (int(match[1] or DRAWN_COUNT), int(match[2] or 0)) if match else (0, 0)
+    if count < 2:
+        raise InputError(f"{source!r} is not drawn, drawn:N (N butterflies, at least 2) or drawn:N:SEED (others)")
+    return Source("drawn", f"drawn:{count}" + (f":{seed}" if seed else ""), str(DRAWN_VERSION))
+
+
+def _read_drawn(source: Source) -> tuple[int, tuple[str, ...], Iterable[Item]]:
+    """(count, class names, items): the families in turn."""
+    count, seed = (int(part) for part in f"{source.name}:0".split(":")[1:3])
+    draws = (functools.partial(draw_butterfly, seed, i) for i in range(count))
+    items = (Item(f"drawn {DRAWN_VERSION} {seed} {i}", draw, i % len(FAMILIES)) for i, draw in enumerate(draws))
+    return count, tuple(FAMILIES), items
 
 
 def _list_files(root: Path) -> list[str]:
@@ -405,10 +710,10 @@ def _load_table(source: Source, scratch: Path):
         # The Arrow copy that datasets makes goes with the scratch folder: only our array stays.
         return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(scratch))
     except Exception as error:
-        raise InputError(f"cannot load {source.name!r}: {_reason(error)}") from error
+        raise InputError(f"cannot load {source.name!r}: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an error, in short, without the addresses of buffers."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or of a format that is not known"
@@ -438,7 +743,8 @@ def prepare(
     """Decode every image of a source once, into one array on disk; the next call only opens it.
 
     source    a folder of images (sub-folders are classes), a .parquet file or a folder of them, a hub id
-              "org/name", or "smithsonian"
+              "org/name", "smithsonian", "drawn" (or "drawn:N", "drawn:N:SEED"), or "auto": smithsonian where it is
+              cached or the hub answers, and drawn elsewhere; which one it is, is printed
     size      pixels a side, 8 to 1024; images are scaled to it by their shorter side and centre-cropped
     channels  3 (RGB) or 1 (grey)
     revision  of a hub id: branch, tag or commit
@@ -447,9 +753,13 @@ def prepare(
     Raises InputError for a source that cannot be read, fewer than 2 images, more than 1% of unreadable files,
     and a disk that refuses.
     """
-    size = _check_size(size)
+    if not str(size).isdecimal() or not SIZES[0] <= int(size) <= SIZES[1]:
+        raise InputError(f"size {size}: images here are square; use one whole number from {SIZES[0]} to {SIZES[1]}")
+    size = int(size)
     if channels not in (1, 3):
         raise InputError(f"channels {channels}: use 3 (RGB) or 1 (grey)")
+    if source == "auto":
+        return _prepare_auto(size, channels=channels, revision=revision, cache=cache, progress=progress)
     found = find_source(str(source), revision)
     with disk_errors(f"read {found.name}"):
         key = _cache_key(found, size, channels)
@@ -473,13 +783,14 @@ def prepare(
     return dataset
 
 
-def _check_size(size: int | str) -> int:
-    least, most = SIZES
-    if not str(size).isdecimal() or not least <= int(size) <= most:
-        raise InputError(
-            f"size {size}: images here are square, so use one whole number of pixels from {least} to {most}"
-        )
-    return int(size)
+def _prepare_auto(size: int, *, revision: str | None, **options) -> Dataset:
+    try:
+        dataset = prepare("smithsonian", size, revision=revision, **options)
+        print("data: the Smithsonian butterflies (--data auto)", flush=True)
+    except InputError as error:
+        print(f"data: DRAWN BUTTERFLIES (--data auto), because {error}", flush=True)
+        dataset = prepare("drawn", size, **options)
+    return dataset
 
 
 def _cache_key(source: Source, size: int, channels: int) -> str:
@@ -498,8 +809,8 @@ def _cache_key(source: Source, size: int, channels: int) -> str:
 def _fill(folder: Path, source: Source, size: int, channels: int, progress: bool) -> None:
     """Write images.bin, labels.npy, digests.npy and meta.json of a source into an empty folder."""
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        if source.kind == "folder":
-            total, classes, items = _read_folder(source)
+        if source.kind in ("folder", "drawn"):
+            total, classes, items = (_read_folder if source.kind == "folder" else _read_drawn)(source)
         else:
             total, classes, items = _read_table(_load_table(source, Path(scratch)))
         labels, digests, skipped = _decode_all(folder / "images.bin", items, total, size, channels, progress)
@@ -517,11 +828,16 @@ def _fill(folder: Path, source: Source, size: int, channels: int, progress: bool
     if labels is not None:
         np.save(folder / "labels.npy", labels)
     np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
+    drawn = source.kind == "drawn"  # each from numbers of its own: none is a copy
+    np.save(folder / "groups.npy", np.arange(len(images)) if drawn else near_duplicates(images))
+    checksum = fingerprint(images, labels, classes)
+    recipe = hashlib.sha256(json.dumps([source.name, source.revision, shape]).encode()).hexdigest()
     meta = {
         "format": FORMAT,
         "shape": shape,
         "classes": classes,
-        "fingerprint": fingerprint(images, labels, classes),
+        "checksum": checksum,
+        "fingerprint": recipe if drawn else checksum,
         "source": source.name,
         "revision": source.revision,
         "skipped": skipped,
@@ -537,10 +853,14 @@ def _decode_all(
 
     def work(item: Item) -> tuple[Item, bytes, np.ndarray | str]:
         try:
+            if callable(item.encoded):
+                image = Image.fromarray(item.encoded(size).transpose(1, 2, 0)).convert("L" if channels == 1 else "RGB")
+                pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+                return item, hashlib.sha256(item.name.encode()).digest(), pixels
             encoded = item.encoded.read_bytes() if isinstance(item.encoded, Path) else item.encoded
             return item, hashlib.sha256(encoded).digest(), decode(encoded, size, channels)
         except Exception as error:  # damaged files make decoders raise nearly anything
-            return item, b"", _reason(error)
+            return item, b"", reason(error)
 
     labels, digests, skipped = [], [], []
     workers = os.cpu_count() or 1
@@ -601,15 +921,16 @@ def _open(folder: Path) -> Dataset | None:
         shape, classes = tuple(meta["shape"]), tuple(meta["classes"])
         if meta["format"] != FORMAT or (folder / "images.bin").stat().st_size != math.prod(shape):
             return None
-        digests = np.load(folder / "digests.npy")
+        digests, groups = np.load(folder / "digests.npy"), np.load(folder / "groups.npy")
         labels = np.load(folder / "labels.npy") if classes else None
-        if digests.shape != (shape[0], 32) or (classes and labels.shape != shape[:1]):
-            return None
         # Copy on write: PyTorch warns of an array that is not writable, and the file stays as it is all the same.
         images = np.memmap(folder / "images.bin", np.uint8, "c", shape=shape)
-        origin = {name: meta[name] for name in ("fingerprint", "source", "revision")}
+        lengths = {len(images), len(digests), len(groups), len(labels) if classes else shape[0]}
+        if lengths != {shape[0]}:
+            return None
+        origin = {name: meta[name] for name in ("checksum", "fingerprint", "source", "revision")}
         skipped = tuple(meta["skipped"])
-        return Dataset(images, labels, classes, digests, **origin, skipped=skipped, folder=folder)
+        return Dataset(images, labels, classes, digests, groups, **origin, skipped=skipped, folder=folder)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -633,7 +954,7 @@ def split(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     About n/7 images are held out up to n = 700, then 100, then n/50. Near-duplicates stay on one side. At
     another size the same images are chosen, unless a pair near the limit is within it at one size only.
     """
-    return choose_held_out(near_duplicates(dataset.images), dataset.digests)
+    return choose_held_out(dataset.groups, dataset.digests)
 
 
 def choose_held_out(groups: np.ndarray, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -684,22 +1005,21 @@ def near_duplicates(images: np.ndarray, chunk: int = 512) -> np.ndarray:
     means = cells.mean((1, 2, 3), dtype=np.float64)
     order = np.argsort(means)
     cells, means = cells[order], means[order]
-    both = cells.reshape(len(cells), -1), cells[..., ::-1].reshape(len(cells), -1)
-    squares = np.square(both[0]).sum(1)
-    limit = NEAR_DUPLICATE**2 * both[0].shape[1]  # of a squared distance
+    squares = np.square(cells.astype(np.float64)).sum((1, 2, 3))
+    limit = NEAR_DUPLICATE**2 * cells[0].size  # of a squared distance
     parents = np.arange(len(cells))
     for start in range(0, len(cells), chunk):
-        stop = min(start + chunk, len(cells))
-        last = np.searchsorted(means, means[stop - 1] + NEAR_DUPLICATE * 1.001)
+        here = slice(start, min(start + chunk, len(cells)))
+        last = np.searchsorted(means, means[here.stop - 1] + NEAR_DUPLICATE * 1.001)
         for other in range(start, last, chunk):
-            right = slice(other, min(other + chunk, last))
-            for left in both:
-                squared = squares[start:stop, None] + squares[right] - 2 * left[start:stop] @ both[0][right].T
-                # 1% more than the limit, for the rounding of this formula; _link measures again.
-                rows, columns = np.nonzero(squared <= 1.01 * limit)
-                _link(parents, left, both[0], rows + start, columns + other, limit)
+            there = slice(other, min(other + chunk, last))
+            right = cells[there].astype(np.float64).reshape(there.stop - other, -1)
+            for left in (cells[here], cells[here, ..., ::-1]):
+                products = left.astype(np.float64).reshape(len(left), -1) @ right.T
+                rows, columns = np.nonzero(squares[here, None] + squares[there] - 2 * products <= limit)
+                _link(parents, rows + start, columns + other)
     groups = np.empty(len(cells), np.int64)
-    groups[order] = order[_roots(parents)]
+    groups[order] = order[parents]
     return groups
 
 
@@ -712,31 +1032,13 @@ def _describe(images: np.ndarray) -> np.ndarray:
     return cells
 
 
-def _link(parents: np.ndarray, left: np.ndarray, right: np.ndarray, rows, columns, limit: float) -> None:
-    """Union-find: join each pair (rows[k], columns[k]) whose squared distance is within the limit."""
-    while len(rows):
-        roots = _roots(parents)  # in a data set of copies nearly every pair is a known one
-        fresh = roots[rows] != roots[columns]
-        rows, columns = rows[fresh], columns[fresh]
-        head_rows, head_columns = rows[:4096], columns[:4096]
-        close = np.square(left[head_rows] - right[head_columns]).sum(1, dtype=np.float64) <= limit
-        for a, b in zip(head_rows[close].tolist(), head_columns[close].tolist(), strict=True):
-            a, b = _root(parents, a), _root(parents, b)
-            parents[max(a, b)] = min(a, b)
-        rows, columns = rows[4096:], columns[4096:]
-
-
-def _root(parents: np.ndarray, i: int) -> int:
-    while parents[i] != i:
-        i = int(parents[i])
-    return i
-
-
-def _roots(parents: np.ndarray) -> np.ndarray:
-    """The root of every element; shortens the paths in place."""
-    while not np.array_equal(parents, parents[parents]):
-        parents[:] = parents[parents]
-    return parents
+def _link(parents: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+    """Union-find in place: joins each pair (rows[k], columns[k]); every parent is a root before and after."""
+    while not np.array_equal(parents[rows], parents[columns]):
+        a, b = parents[rows], parents[columns]
+        np.minimum.at(parents, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(parents, parents[parents]):
+            parents[:] = parents[parents]
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -776,12 +1078,11 @@ def describe(dataset: Dataset, out: Path) -> None:
     print(f"skipped      {len(dataset.skipped)}")
     for line in dataset.skipped[:10]:
         print(f"             {line}")
-    if fingerprint(dataset.images, dataset.labels, dataset.classes) != dataset.fingerprint:
+    if fingerprint(dataset.images, dataset.labels, dataset.classes) != dataset.checksum:
         raise InputError(f"the prepared data in {dataset.folder} is damaged; delete it and run again")
     print(f"fingerprint  {dataset.fingerprint} (verified)")
-    groups = near_duplicates(dataset.images)
-    train, held_out = choose_held_out(groups, dataset.digests)
-    sizes = np.unique(groups, return_counts=True)[1]
+    train, held_out = split(dataset)
+    sizes = np.unique(dataset.groups, return_counts=True)[1]
     repeated = sizes[sizes > 1]
     print(f"split        {len(train):,} for training, {len(held_out):,} held out")
     print(f"duplicates   {len(repeated):,} groups of near-duplicates, {repeated.sum():,} images in all")
@@ -794,7 +1095,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare, verify and describe a data set.")
     parser.add_argument(
         "source",
-        help="A folder of images, a .parquet file or a folder of them, a hub id (org/name), or smithsonian.",
+        help="A folder of images, a .parquet file or a folder of them, a hub id (org/name), smithsonian, drawn, "
+        "drawn:N (N butterflies), drawn:N:SEED (others), or auto.",
     )
     parser.add_argument("--size", default="64", help="Pixels a side, 8 to 1024 (default: %(default)s).")
     parser.add_argument("--channels", type=int, default=3, help="3 for RGB or 1 for grey (default: %(default)s).")

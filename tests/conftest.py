@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from tests.shapes import make_shapes
@@ -52,6 +53,11 @@ def trained(shapes, tmp_path_factory):
     flags = ["--accumulate", "2", "--dropout", "0.2"]
     assert train.main(["--data", str(shapes), "--out", str(out), "--steps", "12", *TINY, *OFTEN, *flags]) == 0
     return out
+
+
+def png_text(path) -> dict:
+    with Image.open(path, formats=["PNG"]) as image:
+        return dict(image.text)
 
 
 def randomise(network: torch.nn.Module, seed: int = 0) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 
 import data
 from data import InputError
+from tests.conftest import png_text
 from tests.shapes import make_shapes
 
 
@@ -270,20 +272,11 @@ def test_png_text_round_trip(tmp_path):
     text = {"seed": "0", "prompt": "Schmetterling – 蝶", "long": "x" * 5000}
     path = tmp_path / "new" / "folder" / "a.png"
     data.write_png(path, solid("RGB", (1, 2, 3)), text)
-    assert data.read_png_text(path) == text
+    assert png_text(path) == text
     with Image.open(path) as image:
         assert image.getpixel((0, 0)) == (1, 2, 3)
     data.write_png(path, solid("L", 9))
-    assert data.read_png_text(path) == {} and leftovers(tmp_path) == []
-
-
-def test_reading_text_of_no_png(tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
-    (tmp_path / "b.png").write_bytes(encode(solid("RGB", "red"), "JPEG"))
-    (tmp_path / "c.png").write_bytes(encode(Image.fromarray(noise_images(1, 64)[0].transpose(1, 2, 0)))[:3000])
-    for name in ("a.png", "b.png", "c.png", "missing.png"):
-        with pytest.raises(InputError, match=name):
-            data.read_png_text(tmp_path / name)
+    assert png_text(path) == {} and leftovers(tmp_path) == []
 
 
 def fail_with(code):
@@ -869,6 +862,131 @@ def test_held_out_groups_are_those_of_the_smallest_digests():
     assert data.choose_held_out(np.arange(700), digests(700))[1].tolist() == sorted(ranks[:100].tolist())
 
 
+# ------------------------------------------------------------------------------------------ drawn butterflies
+
+PINNED = Path(__file__).with_name("drawn.png")  # made by `python -m tests.test_data`, once for each DRAWN_VERSION
+
+
+def specimens(indices, size, seed=0):
+    return np.stack([data.draw_butterfly(seed, i, size) for i in indices])
+
+
+def shrink(images, factor):
+    n, channels, side, _ = images.shape
+    parts = images.reshape(n, channels, side // factor, factor, side // factor, factor)
+    return parts.mean((3, 5), dtype=np.float64)
+
+
+def test_a_specimen_is_the_same_on_every_machine():
+    """To 2 levels of the picture that is kept: whoever changes the drawing makes a new DRAWN_VERSION and picture."""
+    assert int(png_text(PINNED)["version"]) == data.DRAWN_VERSION
+    kept = np.asarray(Image.open(PINNED))
+    found = np.asarray(data.grid(specimens(range(len(data.FAMILIES)), 32)))
+    assert found.shape == kept.shape and np.abs(found.astype(int) - kept).max() <= 2
+
+
+def test_a_specimen_depends_on_seed_and_index_alone():
+    forward = specimens((0, 8, 23), 32)
+    assert np.array_equal(specimens((23, 8, 0), 32)[::-1], forward)
+    for other in (specimens((15, 23, 8), 32), specimens((0, 8, 23), 32, seed=1)):  # the first of each: one family
+        assert all(np.abs(a.astype(int) - b).mean() > 3 for a, b in zip(forward, other, strict=True))
+    far = data.draw_butterfly(2**50, 2**50, 32)
+    assert far.shape == (3, 32, 32) and far.std() > 20
+
+
+@pytest.mark.parametrize("size", [16, 50, 64, 100, 128, 256])
+def test_a_specimen_is_one_picture_at_every_size(size):
+    """Area means of a four times larger drawing: antialiased, and the same pose and pattern."""
+    indices = range(0, 15, 2)
+    small, large = specimens(indices, size), shrink(specimens(indices, 4 * size), 4)
+    assert small.shape == (8, 3, size, size) and small.dtype == np.uint8
+    difference = np.abs(small - large).mean((1, 2, 3))
+    assert difference.max() < 4, difference  # of 255; two specimens of a family differ by over 10
+    assert small[:, :, 0, 0].min() > 220  # paper
+
+
+def test_drawn_data_are_balanced_and_independent_of_their_number(capsys):
+    few, many = prepare("drawn:20"), prepare("drawn:45")
+    assert np.array_equal(many.images[:20], few.images) and np.array_equal(many.images, specimens(range(45), 16))
+    assert many.classes == tuple(data.FAMILIES) and len(many.classes) >= 10
+    assert np.bincount(many.labels).tolist() == [3] * 15
+    assert (many.source, many.revision, len(set(many.groups.tolist()))) == ("drawn:45", str(data.DRAWN_VERSION), 45)
+    others = prepare("drawn:20:7")
+    assert np.array_equal(others.images, specimens(range(20), 16, seed=7))
+    assert len({few.fingerprint, many.fingerprint, others.fingerprint, prepare("drawn:20", 24).fingerprint}) == 4
+    train, held_out = data.split(many)
+    assert len(held_out) == 6 and set(train) | set(held_out) == set(range(45))
+    grey = prepare("drawn:20", channels=1)
+    weights = np.array([299, 587, 114]).reshape(1, 3, 1, 1) / 1000  # ITU-R 601 luma
+    assert np.abs(grey.images - (few.images * weights).sum(1, keepdims=True)).max() < 1.01
+
+
+def test_the_fingerprint_of_drawn_data_is_that_of_their_recipe(monkeypatch):
+    """Another machine may round otherwise: a fingerprint of its pixels would refuse to go on with a run."""
+    before = prepare("drawn:4")
+    draw = data.draw_butterfly
+    monkeypatch.setattr(data, "draw_butterfly", lambda *key: draw(*key) ^ 1)  # one level aside
+    monkeypatch.setenv("PAPILIO_CACHE", str(before.folder.parent / "elsewhere"))
+    after = prepare("drawn:4")
+    assert after.fingerprint == before.fingerprint and after.checksum != before.checksum
+    monkeypatch.setattr(data, "DRAWN_VERSION", 99)
+    assert prepare("drawn:4").fingerprint != before.fingerprint
+
+
+def test_families_are_told_apart_on_unseen_specimens():
+    """A linear classifier on 16 px: softmax regression, 900 to learn from and 300 of later numbers to judge."""
+    pixels = torch.from_numpy(np.stack([data.draw_butterfly(0, i, 16) for i in range(1200)])).flatten(1) / 255
+    labels = torch.arange(1200) % len(data.FAMILIES)
+    mean, spread = pixels[:900].mean(0), pixels[:900].std(0) + 1e-3
+    torch.manual_seed(0)
+    model = torch.nn.Linear(768, len(data.FAMILIES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    for _ in range(150):
+        loss = torch.nn.functional.cross_entropy(model((pixels[:900] - mean) / spread), labels[:900])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    accuracy = (model((pixels[900:] - mean) / spread).argmax(1) == labels[900:]).float().mean()
+    assert accuracy >= 0.9, accuracy
+
+
+@pytest.mark.parametrize(
+    "source", ["drawn:", "drawn:0", "drawn:1", "drawn:x", "drawn:-3", "drawn:5:", "drawn:5:6:7", "drawn:5.0"]
+)
+def test_drawn_data_that_are_none(source):
+    with pytest.raises(InputError, match=f"'{source}' is not drawn, drawn:N"):
+        prepare(source)
+
+
+def test_drawn_data_have_no_revision():
+    with pytest.raises(InputError, match="revision 'abc' is for hub ids, and drawn:9 is none"):
+        prepare("drawn:9", revision="abc")
+
+
+def test_auto_without_the_hub_draws_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(data, "_hub_answers", lambda: False)
+    monkeypatch.setattr(data, "DRAWN_COUNT", 30)
+    dataset = data.prepare("auto", 16)
+    assert dataset.source == "drawn:30"
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("data: DRAWN BUTTERFLIES (--data auto), because 'huggan/smithsonian_butterflies_subset'")
+
+
+def test_auto_takes_the_smithsonian_where_hub_or_cache_has_it(monkeypatch, capsys):
+    import datasets
+
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": each, "path": None} for each in encoded_images(4)[1]]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    monkeypatch.setattr(data, "_hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    for answers in (lambda: True, forbid):  # the second time from the cache: nobody is asked
+        monkeypatch.setattr(data, "_hub_answers", answers)
+        assert data.prepare("auto", 16).source == "huggan/smithsonian_butterflies_subset"
+        assert capsys.readouterr().out == "data: the Smithsonian butterflies (--data auto)\n"
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -880,7 +998,7 @@ def test_command_line_describes(shapes, tmp_path, capsys):
     for words in ("40 of 16 x 16 pixels, RGB", "8 circle", f"{dataset.fingerprint} (verified)", str(out)):
         assert words in printed
     assert str(dataset.folder) in printed and "35 for training, 5 held out" in printed
-    assert data.read_png_text(out) == {"fingerprint": dataset.fingerprint}
+    assert png_text(out) == {"fingerprint": dataset.fingerprint}
     with Image.open(out) as picture:
         assert picture.size == (7 * 18 + 2, 6 * 18 + 2)
 
@@ -934,3 +1052,8 @@ def test_shapes_are_the_same_for_the_same_seed(tmp_path):
     prints = [prepare(tmp_path / name).fingerprint for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
     assert len(list((tmp_path / "a").rglob("*.png"))) == 10
+
+
+if __name__ == "__main__":
+    drawn = data.grid(specimens(range(len(data.FAMILIES)), 32))
+    data.write_png(PINNED, drawn, {"version": str(data.DRAWN_VERSION)})
