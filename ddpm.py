@@ -11,7 +11,7 @@ different steps of different samplers share one call of the network.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -374,22 +374,63 @@ def plan(
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
+def up_to(schedule: Schedule, strength: float) -> Schedule:
+    """The first `strength` (0 to 1) of a schedule's timesteps, as a schedule: an image that was noised with its last
+    timestep is denoised on it as any other (Meng et al. 2022, "SDEdit", section 3). ValueError for another number."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, not {strength:g}")
+    count = max(2, round(strength * schedule.num_train_timesteps))
+    if count == schedule.num_train_timesteps:
+        return schedule
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar[:count]])
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    return replace(
+        schedule, num_train_timesteps=count, trained_betas=tuple(betas.tolist()), rescale_betas_zero_snr=False
+    )
+
+
+def guided(network: Callable, guidance: float, null: int) -> Callable:
+    """The network of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is guidance - 1): the prediction
+    without a class (label `null`) plus `guidance` times what the class adds, by one call for both."""
+
+    def predict(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null)]))
+        with_class, without = both.float().chunk(2)
+        return without + guidance * (with_class - without)
+
+    return predict
+
+
+def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    """The tensor that lies `fraction` of the way from a to b, of one shape, on the arc between them: of normal noise
+    normal noise again (Shoemake 1985, section 3.3)."""
+    angle = F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).clamp(-1, 1).acos()
+    if angle < 1e-6:
+        return a
+    return ((((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()).to(a.dtype)
+
+
 def initial_state(x: Tensor) -> Tensor:
     """x_T (N, C, H, W) -> state (N, 4, C, H, W) with empty memories."""
     return torch.cat([x[:, None], x.new_zeros(len(x), STATE - 1, *x.shape[1:])], dim=1)
 
 
-def step(state: Tensor, output: Tensor, rows: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def step(
+    state: Tensor, output: Tensor, rows: Tensor, noise: Tensor | None = None, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One step of each image, by its own row: the one place where a sampler's formula is applied.
 
     state (N, 4, C, H, W) float32 or float64; output (N, C, H, W), the network's for x = state[:, 0]; rows (N, 28)
-    float64 on the CPU; noise (N, C, H, W), needed where a row has a coefficient for it. Returns the new state and the
-    estimates of x0 (N, C, H, W). An image's result depends on its own row, state, output and noise alone."""
+    float64 on the CPU; noise (N, C, H, W), needed where a row has a coefficient for it; known (N, C, H, W) or
+    (C, H, W), x0 where it is known and NaN where it is not: the sampler is told the truth there, and so ends at it.
+    Returns the new state and the estimates of x0 (N, C, H, W). An image's result depends on its own row, state,
+    output, noise and known part alone."""
     matrix = rows[:, MATRIX:].unflatten(1, (STATE, TERMS))
     used = (matrix != 0).any(dim=0).tolist()  # a term that no image needs is left out, not multiplied by zero
     numbers = rows.to(state.device, state.dtype)[..., None, None, None]  # (N, 28, 1, 1, 1)
     x0 = numbers[:, X0_FROM_X] * state[:, X] + numbers[:, X0_FROM_OUTPUT] * output.to(state.dtype)
     x0 = torch.clamp(x0, -numbers[:, CLIP], numbers[:, CLIP])
+    x0 = x0 if known is None else torch.where(known.isnan(), x0, known)
     terms = [*state.unbind(1), x0, noise]
     new = torch.zeros_like(state)
     for i in range(STATE):
@@ -414,24 +455,25 @@ def normal(generators: Sequence[torch.Generator], shape: Sequence[int], patch_si
 def draw(
     network: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     table: Tensor,
-    generators: Sequence[torch.Generator],
-    shape: Sequence[int],
+    noise: Callable[[], Tensor],
     *,
     device: str | torch.device = "cpu",
     labels: Tensor | None = None,
-    patch_size: int = 1,
-    progress: Callable[[int, Tensor], None] | None = None,
+    start: Callable[[Tensor], Tensor] | None = None,
+    known: Tensor | None = None,
+    progress: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draws one image of shape (C, H, W) for each generator, from which x_T and each step's noise are taken: float32
-    (N, C, H, W). `progress(i, x0)` is called after step i with the estimates of x0."""
-    state = initial_state(normal(generators, shape, patch_size).to(device))
+    """Draws images, float32 (N, C, H, W). Each call of `noise` gives them fresh normal noise of that shape: x_T, which
+    `start` may turn into another beginning, and then what a step adds. `known` as in `step`. `progress(i, x, x0)` is
+    called after step i with the new x and the estimates of x0."""
+    x = noise().to(device)
+    state = initial_state(start(x) if start else x)
     for i, row in enumerate(table):
         rows = row.expand(len(state), -1)
         t = torch.full((len(state),), int(row[TIMESTEP]), device=device)
         output = network(state[:, X], t, labels)
         noisy = bool(row[MATRIX + NOISE] != 0)  # no number is taken from a generator where none is used
-        noise = normal(generators, shape, patch_size).to(device) if noisy else None
-        state, x0 = step(state, output, rows, noise)
+        state, x0 = step(state, output, rows, noise().to(device) if noisy else None, known)
         if progress:
-            progress(i, x0)
+            progress(i, state[:, X], x0)
     return state[:, X]

@@ -8,6 +8,8 @@ python sample.py --model FOLDER              a run, a model folder, a folder tha
 import argparse
 import hashlib
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,8 +188,7 @@ def newest_run(runs: Path = RUNS) -> Path:
     models = list(runs.glob(f"*/model/unet/{WEIGHTS}.safetensors"))
     if not models:
         raise InputError(
-            f"there is no model in {runs}/ yet: train one with `python train.py --data FOLDER`, "
-            "or name a model folder with --model"
+            f"there is no model in {runs}/ yet: train one with `python train.py`, or name a model folder with --model"
         )
     return max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
 
@@ -200,59 +201,109 @@ def image_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)
 
 
+def noise_of(seed: int | tuple[int, int, float], shape: tuple[int, int, int], patch_size: int) -> Callable[[], Tensor]:
+    """Fresh noise (1, C, H, W) at each call: of a seed; or of (a, b, f), that between seeds a and b."""
+    if isinstance(seed, tuple):
+        a, b = (noise_of(end, shape, patch_size) for end in seed[:2])
+        return lambda: ddpm.slerp(a(), b(), seed[2])
+    generator = image_generator(seed)
+    return lambda: ddpm.normal([generator], shape, patch_size)
+
+
 def draw(
     model: Model,
-    seeds: Sequence[int],
+    seeds: Sequence[int | tuple[int, int, float]],
     table: Tensor,
     labels: Sequence[int] | None = None,
     *,
+    guidance: float = 1.0,
+    picture: Tensor | None = None,
+    known: Tensor | None = None,
     batch_size: int = 8,
     exact: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """One image for each seed, uint8 (N, C, H, W) on the CPU. Image i depends on seeds[i] and labels[i] alone: to one
     level in fp32 whatever the batch size, to the bit with `exact`, which pads each batch to EXACT_BATCH images.
-    `progress(n)` is called after each step with the number of images in the batch."""
+
+    seeds     numbers, or (a, b, f): f of the way from the noise of seed a to that of b
+    table     of `ddpm.plan`; with `picture`, on `ddpm.up_to` of the model's schedule
+    labels    classes; left out, those of a model with classes draw without one
+    guidance  1 draws the class as trained, 0 without a class, more exaggerates it; needs the model's null label
+    picture   float (C, H, W) in -1..1: noised up to the table's first timestep, in place of noise alone
+    known     float (C, H, W): what is known of the image; NaN elsewhere
+    progress  called after each step i with the images so far, float (n, C, H, W)
+    """
     size = EXACT_BATCH if exact else batch_size
+    config, null = model.network.config, model.network.config.null_label
+    if guidance != 1 and null is None:
+        raise InputError("guidance needs a model that was trained with classes and with --label-dropout")
+    if null is not None and (labels is None or guidance == 0):
+        labels = [null] * len(seeds)
+    network = model.network if guidance in (0, 1) else ddpm.guided(model.network, guidance, null)
+    forward, first = ddpm.training_table(model.schedule).float(), torch.tensor([int(table[0, ddpm.TIMESTEP])])
+    picture, known = (None if part is None else part.to(model.device) for part in (picture, known))
     drawn = []
 
-    def report(i, x0):
-        if progress:
-            progress(len(batch))
+    def start(noise: Tensor) -> Tensor:
+        return ddpm.noisy_and_target(forward.to(noise.device), picture, noise, first.to(noise.device))[0]
 
-    for start in range(0, len(seeds), size):
-        batch = list(seeds[start : start + size])
-        chosen = None if labels is None else list(labels[start : start + size])
-        padding = size - len(batch) if exact else 0
+    def report(i: int, x: Tensor, x0: Tensor) -> None:
+        if progress:
+            progress(i, x[: len(batch)])
+
+    for begin in range(0, len(seeds), size):
+        batch = list(seeds[begin : begin + size])
+        padding = [0] * (size - len(batch) if exact else 0)
+        chosen = None if labels is None else [*labels[begin : begin + size], *padding]
+        sources = [noise_of(seed, model.shape, config.patch_size) for seed in batch + padding]
         images = ddpm.draw(
-            model.network,
+            network,
             table,
-            [image_generator(seed) for seed in batch + [0] * padding],
-            model.shape,
+            lambda sources=sources: torch.cat([source() for source in sources]),
             device=model.device,
-            labels=None if chosen is None else torch.tensor(chosen + [0] * padding, device=model.device),
-            patch_size=model.network.config.patch_size,
+            labels=None if chosen is None else torch.tensor(chosen, device=model.device),
+            start=None if picture is None else start,
+            known=known,
             progress=report,
         )
         drawn.append(data.to_uint8(images[: len(batch)]).cpu())
     return torch.cat(drawn)
 
 
-def choose_class(config: unet.UNetConfig, name: str | None) -> int | None:
-    """A class by name or number. InputError where the model has none, needs one, or has no such one."""
-    count, names = config.num_class_embeds, list(config.class_names or ())
-    known = ", ".join(names) if names else f"0 to {(count or 1) - 1}"
-    if count is None:
-        if name is not None:
-            raise InputError(f"--class {name}: this model was trained without classes")
-        return None
-    if name is None:
-        raise InputError(f"this model draws by class: choose one with --class ({known})")
-    if name in names:
-        return names.index(name)
-    if name.isascii() and name.isdigit() and int(name) < (len(names) or count):
-        return int(name)
-    raise InputError(f"--class {name}: this model has no such class; it has {known}")
+def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int | None]:
+    """The labels that --class asks for: names or numbers with commas between, or all. Without it, [None] where the
+    model draws without a class. InputError where it cannot, has no classes or has no such one."""
+    names, count = list(config.class_names or ()), config.num_class_embeds
+    if count is None and text is not None:
+        raise InputError(f"--class {text}: this model was trained without classes (train.py --classes)")
+    if text is None and (count is None or config.null_label is not None):
+        return [None]
+    count = len(names) or count
+    known = ", ".join(names) if names else f"0 to {count - 1}"
+    if text is None:
+        raise InputError(f"this model draws by class: choose one with --class ({known}), or all")
+    if text == "all" and text not in names:
+        return list(range(count))
+
+    def choose(name: str) -> int:
+        if name in names:
+            return names.index(name)
+        if name.isascii() and name.isdigit() and int(name) < count:
+            return int(name)
+        raise InputError(f"--class {name}: this model has no such class; it has {known}")
+
+    return [choose(name) for name in ([text] if text in names else text.split(","))]
+
+
+def read_picture(flag: str, path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """A picture of any kind as the model's images are, uint8 (channels, H, W). InputError where it is none."""
+    if size[0] != size[1]:
+        raise InputError(f"{flag}: this model's images are {size[1]} x {size[0]}; only square ones are read")
+    try:
+        return torch.from_numpy(data.decode(path.read_bytes(), size[0], channels).copy())
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        raise InputError(f"{flag} {path} cannot be read: {data.reason(error)}") from error
 
 
 def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
@@ -263,6 +314,22 @@ def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
             bound = f"from {least} to {most}" if most < 2**62 else f"of at least {least}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
         return int(text)
+
+    return parse
+
+
+def real(least: float, most: float = math.inf):
+    """An argparse type: a finite number in a range, refused in a sentence."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most):
+            bound = f"of at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
 
     return parse
 
@@ -278,16 +345,56 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--model", metavar="FOLDER", help="a run, a model folder or a diffusers folder (default: the newest run)"
     )
-    what.add_argument("--class", dest="label", metavar="NAME", help="draw this class, by name or number")
+    what.add_argument(
+        "--class",
+        dest="classes",
+        metavar="NAMES",
+        help="draw these classes, a row of n images each: names or numbers with commas between, or all",
+    )
+    what.add_argument(
+        "--guidance",
+        type=real(0, 1000),
+        default=1.0,
+        metavar="X",
+        help="how much of a class: 1 as trained, 0 nothing of it, 2 or 3 more than real ones have (default 1)",
+    )
     what.add_argument(
         "--seed",
         type=whole_number(0),
-        default=0,
         metavar="N",
         help="of the first image; image i is that of seed + i, whatever n and the batch size are (default 0)",
     )
     what.add_argument(
         "--out", type=Path, metavar="PATH", help="file to write, or folder with --each (default samples.png, samples/)"
+    )
+    what.add_argument(
+        "--from",
+        dest="picture",
+        type=Path,
+        metavar="PICTURE",
+        help="draw variations of this picture: noised up to --strength, then denoised",
+    )
+    what.add_argument(
+        "--strength", type=real(0.001, 1), metavar="X", help="how far to noise it: 1 leaves nothing (default 0.6)"
+    )
+    what.add_argument(
+        "--mask",
+        type=Path,
+        metavar="PICTURE",
+        help="fill the white part of this mask anew and leave the rest of --from as it is (--strength: default 1)",
+    )
+    what.add_argument(
+        "--walk",
+        type=whole_number(0),
+        nargs=2,
+        metavar=("A", "B"),
+        help="draw n images on the way from seed A to seed B",
+    )
+    what.add_argument(
+        "--film",
+        type=Path,
+        metavar="FILE",
+        help="write the denoising, or the walk, as an animated .png or .gif too",
     )
     what.add_argument("--each", action="store_true", help="write each image to a file of its own, named by its seed")
     how = parser.add_argument_group("how to draw")
@@ -320,30 +427,116 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(args: argparse.Namespace, out: Path) -> None:
+    """InputError for flags that do not go together, before anything is read or drawn."""
+    refused = [
+        (args.exact and args.batch_size, "--exact draws in batches of one size; leave --batch-size out"),
+        (args.strength and not args.picture, "--strength says how far to noise a picture; name it with --from"),
+        (args.mask and not args.picture, "--mask fills a part of a picture; name it with --from"),
+        (args.walk and args.seed is not None, "--walk names its own two seeds; leave --seed out"),
+        (args.walk and args.n < 2, "--walk needs at least 2 images, its ends; ask for more with -n"),
+        (args.guidance != 1 and args.classes is None, "--guidance exaggerates a class; choose one with --class"),
+        (
+            args.film and args.film.suffix.lower() not in (".png", ".gif"),
+            f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif",
+        ),
+        (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file; with --each name a folder"),
+        (not args.each and out.is_dir(), f"--out {out} is a folder; without --each name a file"),
+        (
+            not args.each and out.suffix.lower() != ".png",
+            f"--out {out}: pictures are PNG files; give it a name that ends in .png",
+        ),
+        (args.film == out, "--film and --out name the same file"),
+    ]
+    for wrong, sentence in refused:
+        if wrong:
+            raise InputError(sentence)
+
+
+def plan(args: argparse.Namespace, schedule: ddpm.Schedule, strength: float) -> Tensor:
+    """The table of the sampler asked for; of a picture noised part-way, as dense a one on the rest of the way."""
+    try:
+        table = ddpm.plan(schedule, args.sampler, args.steps, args.spacing, args.eta)
+        if strength == 1:
+            return table
+        steps = max(1, round(strength * len(table)))
+        return ddpm.plan(ddpm.up_to(schedule, strength), args.sampler, steps, args.spacing, args.eta)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def read_inputs(args: argparse.Namespace, model: Model) -> tuple[Tensor | None, Tensor | None]:
+    """What `draw` calls picture and known, of --from and --mask."""
+    if not args.picture:
+        return None, None
+    size, channels = model.shape[1:], model.shape[0]
+    picture = data.to_float(read_picture("--from", args.picture, size, channels))
+    mask = read_picture("--mask", args.mask, size, 1) if args.mask else None
+    return picture, None if mask is None else torch.where(mask >= 128, torch.nan, picture)
+
+
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    if args.exact and args.batch_size:
-        raise InputError("--exact draws in batches of one size; leave --batch-size out")
+    out = args.out or Path("samples" if args.each else "samples.png")
+    check(args, out)
     path = Path(args.model) if args.model is not None else newest_run()
     device = choose_device(args.device)
     model = load(path, device, choose_precision(device, args.precision))
     config = model.network.config
-    label = choose_class(config, args.label)
-    try:
-        table = ddpm.plan(model.schedule, args.sampler, args.steps, args.spacing, args.eta)
-    except ValueError as error:
-        raise InputError(f"--model {path}: {error}") from error
-    out = args.out or Path("samples" if args.each else "samples.png")
-    if out.is_dir() != args.each and out.exists():
-        raise InputError(f"--out {out} is a {'folder; without' if out.is_dir() else 'file; with'} --each name a "
-                         f"{'folder' if args.each else 'file'}")  # fmt: skip
-    if not args.each and out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: pictures are PNG files; give it a name that ends in .png")
+    classes = choose_classes(config, args.classes)
+    strength = args.strength or (0.6 if args.picture and not args.mask else 1.0)
+    table = plan(args, model.schedule, strength)
+    picture, known = read_inputs(args, model)
     print(f"{path}: {config.image_size[1]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
 
+    seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
+    if args.walk:
+        seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
+    jobs = [(label, seed) for label in classes for seed in seeds]
+    names = [("" if len(classes) == 1 else f"{class_name(config, label)}-") +
+             str(i % args.n if args.walk else seed) for i, (label, seed) in enumerate(jobs)]  # fmt: skip
+    facts = describe(args, model, table, strength, classes)
+    every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
+    drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
+    size = EXACT_BATCH if args.exact else args.batch_size or 8
+    options = {"guidance": args.guidance, "picture": picture if strength < 1 else None, "known": known}
+
+    def progress(i: int, x: Tensor) -> None:
+        bar.update(len(x))
+        if args.film and not args.walk and i % every == 0 and i < len(table) - 1:
+            film[i // every].append(data.to_uint8(x).cpu())
+
+    with tqdm(total=len(jobs) * len(table), unit="step", disable=None) as bar:
+        for start in range(0, len(jobs), size):
+            labels, part = zip(*jobs[start : start + size], strict=True)
+            labels = None if labels[0] is None else labels
+            drawn.append(draw(model, part, table, labels, **options, batch_size=size, exact=args.exact,
+                              progress=progress))  # fmt: skip
+            for name, image in zip(names[start : start + size], drawn[-1], strict=True) if args.each else ():
+                own = {"seed": name.rpartition("-")[2]} if not args.walk else {"frame": name}
+                data.write_png(out / f"{name}.png", data.grid(image[None], padding=0), facts | own)
+    images = torch.cat(drawn)
+    columns = args.n if len(classes) > 1 else None
+    if not args.each:
+        data.write_png(out, data.grid(images, columns), facts | {"count": len(images)})
+    print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
+    if args.film:
+        frames = list(images[:, None]) if args.walk else [*(torch.cat(frame) for frame in film), images]
+        *frames, last = (data.grid(frame, columns) for frame in frames)
+        data.write_png(args.film, last, facts, frames)
+        print(f"wrote {args.film}")
+
+
+def class_name(config: unet.UNetConfig, label: int) -> str:
+    """The class, fit for the name of a file."""
+    return re.sub(r"[^\w-]", "_", config.class_names[label]) if config.class_names else str(label)
+
+
+def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: float, classes: list) -> dict:
+    """What made a picture, for the text of its file."""
     facts = {
-        "seed": args.seed,
+        "seed": args.seed or 0,
         "steps": len(table),
         "sampler": args.sampler,
         "spacing": args.spacing or "default",
@@ -351,19 +544,13 @@ def run(args: argparse.Namespace) -> None:
         "model": model.hash,
         "precision": model.precision,
         "torch": torch.__version__,
-    } | ({} if label is None else {"class": label})
-    drawn, size = [], EXACT_BATCH if args.exact else args.batch_size or 8
-    with tqdm(total=args.n * len(table), unit="step", disable=None) as bar:
-        for start in range(0, args.n, size):
-            seeds = range(args.seed + start, args.seed + min(start + size, args.n))
-            labels = None if label is None else [label] * len(seeds)
-            images = draw(model, seeds, table, labels, batch_size=size, exact=args.exact, progress=bar.update)
-            drawn.append(images)
-            for seed, image in zip(seeds, images, strict=True) if args.each else ():
-                data.write_png(out / f"{seed}.png", data.grid(image[None], padding=0), facts | {"seed": seed})
-    if not args.each:
-        data.write_png(out, data.grid(torch.cat(drawn)), facts | {"count": args.n})
-    print(f"wrote {args.n} images to {out}/" if args.each else f"wrote {out}")
+    }
+    if args.classes is not None:
+        names = ",".join(class_name(model.network.config, label) for label in classes)
+        facts |= {"class": names, "guidance": args.guidance}
+    if args.picture:
+        facts |= {"from": args.picture, "strength": strength} | ({"mask": args.mask} if args.mask else {})
+    return facts | ({"walk": " ".join(map(str, args.walk))} if args.walk else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

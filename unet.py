@@ -52,7 +52,7 @@ class UNetConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     patch_size: int = 1  # ours: pixels a side of a patch
-    class_names: tuple[str, ...] | None = None  # ours: names of the first classes, in order
+    class_names: tuple[str, ...] | None = None  # ours: of the classes in order; a label more stands for "no class"
 
     # Each choice the network implements; anything else is refused by name rather than drawn wrongly.
     CHOICES = {
@@ -132,6 +132,12 @@ class UNetConfig:
         config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         unsaid = {key for key, plain in (("patch_size", 1), ("class_names", None)) if config[key] == plain}
         return {key: value for key, value in config.items() if key not in unsaid}
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class", or None where the network was trained without one."""
+        names = self.class_names
+        return len(names) if names is not None and len(names) < self.num_class_embeds else None
 
     @property
     def image_channels(self) -> int:

@@ -548,6 +548,10 @@ def generators(n, first=0):
     return [torch.Generator().manual_seed(first + i) for i in range(n)]
 
 
+def noise_from(generators, shape, patch_size=1):
+    return lambda: ddpm.normal(generators, shape, patch_size)
+
+
 @pytest.mark.parametrize(
     ("prediction", "zero_snr"),
     [*itertools.product(ddpm.PREDICTIONS, [False]), ("sample", True), ("v_prediction", True)],
@@ -565,7 +569,7 @@ def test_every_sampler_lands_on_a_training_image(sampler, prediction, clip, zero
     table = ddpm.plan(schedule, name, 100 if name == "ddpm" else None, eta=eta)
     assert table[:, : ddpm.CLIP].isfinite().all() and table[:, ddpm.MATRIX :].isfinite().all()
     assert int(table[0, 0]) == 999
-    images = ddpm.draw(oracle(schedule), table, generators(12), DATA.shape[1:])
+    images = ddpm.draw(oracle(schedule), table, noise_from(generators(12), DATA.shape[1:]))
     distance = (images[:, None] - DATA[None]).abs().amax(dim=(2, 3, 4))
     assert images.dtype == torch.float32
     # Trailing timesteps end at t = 9, whose noise still leaves the oracle sure of its image.
@@ -731,18 +735,18 @@ def test_images_that_come_and_go_are_their_solo_runs_to_the_bit():
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_an_image_depends_on_its_own_generator_alone(job):
     table = ddpm.plan(Schedule(), *job)
-    together = ddpm.draw(elementwise, table, generators(5), ODD)
-    backwards = ddpm.draw(elementwise, table, generators(5)[::-1], ODD)
+    together = ddpm.draw(elementwise, table, noise_from(generators(5), ODD))
+    backwards = ddpm.draw(elementwise, table, noise_from(generators(5)[::-1], ODD))
     assert torch.equal(backwards.flip(0), together)
     for i in range(5):
-        assert torch.equal(ddpm.draw(elementwise, table, generators(1, i), ODD)[0], together[i])
+        assert torch.equal(ddpm.draw(elementwise, table, noise_from(generators(1, i), ODD))[0], together[i])
     assert len({float(image.sum()) for image in together}) == 5
 
 
 def test_a_deterministic_sampler_takes_nothing_but_x_from_a_generator():
     for sampler in ("ddim", "dpm++", "unipc"):
         generator = generators(1)
-        ddpm.draw(elementwise, ddpm.plan(Schedule(), sampler, 4), generator, ODD)
+        ddpm.draw(elementwise, ddpm.plan(Schedule(), sampler, 4), noise_from(generator, ODD))
         fresh = generators(1)
         ddpm.normal(fresh, ODD)
         assert torch.equal(generator[0].get_state(), fresh[0].get_state()), sampler
@@ -797,7 +801,7 @@ def test_fifty_steps_are_the_pictures_of_ddpm_pipeline(prediction):
     drawn = pipeline(batch_size=4, generator=generators(4), num_inference_steps=50, output_type="np").images
     expected = (drawn * 255).round().astype("uint8")
     ours = unet.build(unet.UNetConfig.from_dict(dict(network.config)), network.state_dict())
-    images = ddpm.draw(ours, ddpm.plan(schedule, "ddpm", steps=50), generators(4), (3, 16, 16))
+    images = ddpm.draw(ours, ddpm.plan(schedule, "ddpm", steps=50), noise_from(generators(4), (3, 16, 16)))
     found = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 20  # pictures, not one colour
     difference = np.abs(found.astype(int) - expected.astype(int))
@@ -813,15 +817,14 @@ def test_progress_is_told_of_each_step_and_one_step_is_enough(sampler):
         images = ddpm.draw(
             elementwise,
             table,
-            generators(2),
-            ODD,
-            progress=lambda i, x0, seen=seen: seen.append((i, x0.clone())),
+            noise_from(generators(2), ODD),
+            progress=lambda i, x, x0, seen=seen: seen.append((i, x0.clone())),
         )
         assert [i for i, _ in seen] == list(range(steps)) and all(x0.shape == (2, *ODD) for _, x0 in seen)
         assert images.shape == (2, *ODD) and images.isfinite().all()
         assert (images - seen[-1][1]).abs().max() < 1e-6  # the last step ends on its estimate, where alpha_bar is 1
     x = ddpm.normal(generators(2), ODD)
-    once = ddpm.draw(elementwise, ddpm.plan(schedule, sampler, 1, "trailing"), generators(2), ODD)
+    once = ddpm.draw(elementwise, ddpm.plan(schedule, sampler, 1, "trailing"), noise_from(generators(2), ODD))
     assert (once - elementwise(x, torch.tensor([999, 999]))).abs().max() < 1e-6
 
 
@@ -833,7 +836,7 @@ def test_labels_and_timesteps_reach_the_network():
         return x
 
     table = ddpm.plan(Schedule(), "unipc", 3, "trailing")
-    ddpm.draw(network, table, generators(2), ODD, labels=torch.tensor([4, 7]))
+    ddpm.draw(network, table, noise_from(generators(2), ODD), labels=torch.tensor([4, 7]))
     assert seen == [([t, t], [4, 7]) for t in (999, 666, 332)]
 
 
@@ -845,8 +848,8 @@ def test_noise_is_drawn_in_the_layout_of_the_inner_network(p):
         inner = torch.randn(1, 3 * p * p, 4 // p, 8 // p, generator=generator)
         assert torch.equal(F.pixel_unshuffle(found[i : i + 1], p), inner)
     table = ddpm.plan(Schedule(), "ddpm", 3)
-    images = ddpm.draw(elementwise, table, generators(2), (3, 4, 8), patch_size=p)
-    inner = ddpm.draw(elementwise, table, generators(2), (3 * p * p, 4 // p, 8 // p))
+    images = ddpm.draw(elementwise, table, noise_from(generators(2), (3, 4, 8), p))
+    inner = ddpm.draw(elementwise, table, noise_from(generators(2), (3 * p * p, 4 // p, 8 // p)))
     assert torch.equal(F.pixel_unshuffle(images, p), inner)  # an elementwise network sees no layout
 
 
@@ -883,3 +886,79 @@ def test_plan_refuses_what_does_not_exist(options, named):
     with pytest.raises(ValueError, match=named) as caught:
         ddpm.plan(Schedule(), **options)
     assert "\n" not in str(caught.value)
+
+
+# ---- guidance, part of the way, walks, what is known -------------------------------------------------------
+
+
+def test_guidance_is_linear_and_one_call():
+    calls = []
+
+    def network(x, t, labels):
+        calls.append((len(x), t.tolist(), labels.tolist()))
+        return x * labels[:, None, None, None]
+
+    x, labels = randn(2, *SHAPE), torch.tensor([3, 5])
+    for guidance in (0.0, 1.0, 2.5):
+        found = ddpm.guided(network, guidance, 7)(x, torch.tensor([10, 20]), labels)
+        expected = x * (7 + guidance * (labels - 7))[:, None, None, None]
+        assert error(found, expected) < 1e-5
+    assert calls == [(4, [10, 20, 10, 20], [3, 5, 7, 7])] * 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}], ids=str
+)
+@pytest.mark.parametrize("strength", [0.001, 0.25, 0.6, 0.999])
+def test_part_of_a_schedule_is_its_beginning(options, strength):
+    schedule = Schedule(prediction_type="v_prediction", **options)
+    part = ddpm.up_to(schedule, strength)
+    count = max(2, round(1000 * strength))
+    assert part.num_train_timesteps == count and error(part.alpha_bar, schedule.alpha_bar[:count]) < 1e-12
+    assert part.prediction_type == "v_prediction" and ddpm.up_to(schedule, 1.0) is schedule
+    steps = min(8, count)
+    for sampler in ddpm.SAMPLERS:  # each ends on a clean image from there as well
+        x0 = 0.5 * randn(1, *ODD).clamp(-1, 1)
+        table = ddpm.plan(part, sampler, steps, "trailing")
+        first = int(table[0, ddpm.TIMESTEP])
+        x = schedule.alpha[first] * x0 + schedule.sigma[first] * randn(1, *ODD, seed=1)
+
+        def exact(x, t, labels, x0=x0):
+            alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+            return (alpha * x - x0) / sigma  # v of this x0, by x = alpha x0 + sigma eps
+
+        images = ddpm.draw(exact, table, lambda: randn(1, *ODD, seed=2), start=lambda _, x=x: x)
+        assert (images - x0).abs().max() < 1e-4, sampler
+
+
+@pytest.mark.parametrize("strength", [0, -1, 1.01, math.nan])
+def test_strength_outside_of_the_schedule(strength):
+    with pytest.raises(ValueError, match="strength must be above 0 and at most 1"):
+        ddpm.up_to(Schedule(), strength)
+
+
+def test_slerp_keeps_ends_length_and_angle():
+    a, b = randn(1, *SHAPE), randn(1, *SHAPE, seed=1)
+    assert torch.equal(ddpm.slerp(a, b, 0.0), a) and error(ddpm.slerp(a, b, 1.0), b) < 1e-15
+    b = b * (a.norm() / b.norm())
+    whole = math.acos(float((a * b).sum() / a.norm() / b.norm()))
+    for fraction in (0.1, 0.5, 0.8):
+        between = ddpm.slerp(a, b, fraction)
+        assert float(between.norm() / a.norm()) == pytest.approx(1, abs=1e-12)
+        angle = math.acos(float((a * between).sum() / a.norm() / between.norm()))
+        assert angle == pytest.approx(fraction * whole, abs=1e-9)
+    assert torch.equal(ddpm.slerp(a, a, 0.3), a)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_what_is_known_is_kept_whatever_the_network_says(job):
+    table = ddpm.plan(Schedule(), *job)
+    truth = randn(*ODD).clamp(-1, 1).float()
+    known = truth.clone()
+    known[:, :2] = math.nan
+    images = ddpm.draw(elementwise, table, noise_from(generators(3), ODD), known=known)
+    assert (images[:, :, 2:] - truth[:, 2:]).abs().max() < 1e-5 and images.isfinite().all()
+    free = ddpm.draw(elementwise, table, noise_from(generators(3), ODD))
+    assert torch.equal(free[:, :, :2], images[:, :, :2])  # an elementwise network sees no neighbours
+    nothing = ddpm.draw(elementwise, table, noise_from(generators(3), ODD), known=torch.full(ODD, math.nan))
+    assert torch.equal(nothing, free)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import data
 import ddpm
 import sample
 import unet
-from tests.conftest import randomise
+from tests.conftest import png_text, randomise
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
@@ -310,7 +311,7 @@ def cells(picture: Path, count: int, side: int = 16, padding: int = 2) -> list[n
 def test_grid_and_its_text(tmp_path, capsys, folder, model, n):
     out = tmp_path / "grid.png"
     assert sample.main(["-n", str(n), "--model", str(folder), "--seed", "7", "--steps", "3", "--out", str(out)]) == 0
-    text = data.read_png_text(out)
+    text = png_text(out)
     assert (text["seed"], text["steps"], text["sampler"], text["model"]) == ("7", "3", "unipc", model.hash)
     used = sample.load(folder, precision=text["precision"])
     expected = sample.draw(used, range(7, 7 + n), ddpm.plan(model.schedule, steps=3))
@@ -325,7 +326,7 @@ def test_each_file_is_named_by_its_seed(tmp_path, folder):
     assert sorted(path.name for path in (tmp_path / "birds").iterdir()) == ["10.png", "11.png", "9.png"]
     for seed, cell in zip((9, 10, 11), cells(tmp_path / "grid.png", 3), strict=True):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"birds/{seed}.png")), cell)
-        assert data.read_png_text(tmp_path / f"birds/{seed}.png")["seed"] == str(seed)
+        assert png_text(tmp_path / f"birds/{seed}.png")["seed"] == str(seed)
 
 
 def test_newest_run_is_the_default(tmp_path, capsys, monkeypatch, folder):
@@ -495,8 +496,9 @@ def test_seeds_count_on(tmp_path, folder):
 
 def test_progress_counts_every_image_and_step(model):
     counts = []
-    sample.draw(model, range(5), ddpm.plan(model.schedule, steps=3), batch_size=2, progress=counts.append)
-    assert counts == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+    table = ddpm.plan(model.schedule, steps=3)
+    sample.draw(model, range(5), table, batch_size=2, progress=lambda i, x: counts.append((i, len(x))))
+    assert counts == [(0, 2), (1, 2), (2, 2), (0, 2), (1, 2), (2, 2), (0, 1), (1, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "cpu:-1", ":"])
@@ -518,3 +520,222 @@ def test_arrows_have_no_cycle():
     order = list(MAY_IMPORT)
     for i, module in enumerate(order):
         assert not MAY_IMPORT[module] & set(order[i:])
+
+
+# ---- classes, pictures, walks, films ---------------------------------------------------------------------------------
+
+NAMES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """A model of three classes and a label for none of them."""
+    return make_model(tmp_path_factory.mktemp("classes") / "m", num_class_embeds=4, class_names=NAMES)
+
+
+def drawn(folder, tmp_path, *flags, n=2) -> list[np.ndarray]:
+    """The images that the command draws, one after the other."""
+    out = tmp_path / "drawn.png"
+    flags = ["--model", str(folder), "--steps", "4", "--precision", "fp32", "-n", str(n), *flags, "--out", str(out)]
+    assert sample.main(flags) == 0
+    return cells(out, int(png_text(out)["count"]))
+
+
+def stacked(images: list[np.ndarray]) -> np.ndarray:
+    return np.stack(images).astype(int)
+
+
+def picture_of(folder: Path, path: Path, seed: int = 3) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_guidance_is_the_formula_of_two_draws_of_one_call(by_class):
+    """Against two calls of the network at each step, in a loop of this test's own."""
+    model = sample.load(by_class)
+    table = ddpm.plan(model.schedule, steps=5)
+    for guidance in (0.0, 0.5, 1.0, 3.0):
+
+        def composed(x, t, labels, guidance=guidance):
+            null = torch.full_like(labels, 3)
+            with_class, without = model.network(x, t, labels), model.network(x, t, null)
+            return guidance * with_class + (1 - guidance) * without
+
+        noise = [ddpm.normal([sample.image_generator(seed)], model.shape) for seed in (5, 6)]
+        expected = ddpm.draw(composed, table, lambda noise=noise: torch.cat(noise), labels=torch.tensor([2, 0]))
+        found = sample.draw(model, [5, 6], table, [2, 0], guidance=guidance)
+        assert (found.int() - data.to_uint8(expected).int()).abs().max() <= 1, guidance
+
+
+def test_guidance_costs_one_call_a_step(by_class, monkeypatch):
+    model = sample.load(by_class)
+    sizes = []
+    real = model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x, *rest: sizes.append(len(x)) or real(x, *rest))
+    sample.draw(model, [1, 2, 3], ddpm.plan(model.schedule, steps=4), [0, 1, 2], guidance=2.0)
+    assert sizes == [6] * 4
+
+
+def test_guidance_of_one_and_of_zero(by_class, tmp_path):
+    plain, free = drawn(by_class, tmp_path, "--class", "bee"), drawn(by_class, tmp_path)
+    assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "1"), plain)
+    assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "0"), free)
+    two = drawn(by_class, tmp_path, "--class", "bee", "--guidance", "2")
+    assert (stacked(two) != stacked(plain)).mean() > 0.1 and (stacked(free) != stacked(plain)).mean() > 0.1
+
+
+def test_guided_images_do_not_depend_on_the_batch(by_class):
+    model = sample.load(by_class)
+    table, labels = ddpm.plan(model.schedule, steps=5), [0, 1, 2, 1, 0]
+    whole = sample.draw(model, range(5), table, labels, guidance=3.0)
+    parts = sample.draw(model, range(5), table, labels, guidance=3.0, batch_size=2)
+    assert (whole.int() - parts.int()).abs().max() <= 1
+    exact = sample.draw(model, range(5), table, labels, guidance=3.0, exact=True)
+    assert torch.equal(sample.draw(model, [3, 0], table, [1, 0], guidance=3.0, exact=True), exact[[3, 0]])
+
+
+def test_a_row_of_each_class(by_class, tmp_path):
+    rows = drawn(by_class, tmp_path, "--class", "all", n=4)
+    with Image.open(tmp_path / "drawn.png") as grid:
+        assert len(rows) == 12 and grid.size == (4 * 18 + 2, 3 * 18 + 2)
+    for k, name in enumerate(NAMES):
+        one = drawn(by_class, tmp_path, "--class", name, n=4)
+        assert np.abs(stacked(one) - stacked(rows[4 * k : 4 * k + 4])).max() <= 1
+    chosen = drawn(by_class, tmp_path, "--class", "cat,0", n=4)
+    assert np.abs(stacked(chosen) - stacked(rows[8:] + rows[:4])).max() <= 1
+    flags = ["--model", str(by_class), "--class", "all", "--steps", "1", "--each", "-n", "2", "--seed", "5"]
+    assert sample.main([*flags, "--out", str(tmp_path / "each")]) == 0
+    found = sorted(path.name for path in (tmp_path / "each").iterdir())
+    assert found == [f"{name}-{seed}.png" for name in NAMES for seed in (5, 6)]
+
+
+def test_a_mask_leaves_the_rest_as_it_was(folder, tmp_path):
+    pixels = picture_of(folder, tmp_path / "p.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:11, 2:9] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    flags = ["--from", str(tmp_path / "p.png"), "--mask", str(tmp_path / "m.png")]
+    for more in ([], ["--strength", "0.5"], ["--sampler", "ddpm"], ["--sampler", "dpm++"], ["--sampler", "ddim"]):
+        for image in drawn(folder, tmp_path, *flags, *more):
+            assert np.array_equal(image[mask == 0], pixels[mask == 0])
+            assert (image[mask == 255] != pixels[mask == 255]).mean() > 0.5
+
+
+def test_strength_from_nothing_to_a_fresh_draw(folder, tmp_path):
+    pixels = picture_of(folder, tmp_path / "p.png")
+    fresh = stacked(drawn(folder, tmp_path, "--seed", "4"))
+    flags = ["--seed", "4", "--from", str(tmp_path / "p.png"), "--strength"]
+    assert np.array_equal(stacked(drawn(folder, tmp_path, *flags, "1")), fresh)
+    distances = [np.abs(stacked(drawn(folder, tmp_path, *flags, s)) - pixels).mean() for s in ("0.002", "0.2", "0.7")]
+    assert distances[0] < 3 and distances[0] < distances[1] < distances[2]
+    assert np.array_equal(
+        stacked(drawn(folder, tmp_path, *flags[:-1])), stacked(drawn(folder, tmp_path, *flags, "0.6"))
+    )
+
+
+def test_a_variation_begins_with_the_noised_picture(folder, tmp_path, monkeypatch):
+    """alpha x0 + sigma eps at the last timestep that is kept, with the seed's own noise."""
+    pixels = picture_of(folder, tmp_path / "p.png")
+    seen = []
+    real = unet.UNet.forward
+
+    def forward(self, x, t, labels=None):
+        seen.append((x.clone(), t.tolist()))
+        return real(self, x, t, labels)
+
+    monkeypatch.setattr(unet.UNet, "forward", forward)
+    drawn(folder, tmp_path, "--from", str(tmp_path / "p.png"), "--strength", "0.3", "--seed", "8", n=1)
+    x, t = seen[0]
+    assert t == [299] and len(seen) == 1  # 0.3 of 4 steps
+    betas = np.linspace(1e-4, 0.02, 1000)
+    signal = np.prod(1 - betas[:300])
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(8)).numpy()
+    expected = np.sqrt(signal) * (pixels.transpose(2, 0, 1) / 127.5 - 1) + np.sqrt(1 - signal) * noise
+    assert np.abs(x.numpy() - expected).max() < 1e-5
+
+
+def test_a_walk_ends_at_the_images_of_its_seeds(folder, tmp_path):
+    for more in ([], ["--sampler", "ddpm"], ["--exact"]):
+        ends = [drawn(folder, tmp_path, "--seed", seed, *more, n=1)[0] for seed in ("11", "40")]
+        walk = drawn(folder, tmp_path, "--walk", "11", "40", *more, n=5)
+        assert np.abs(stacked([walk[0], walk[-1]]) - stacked(ends)).max() <= (0 if more == ["--exact"] else 1)
+        steps = [np.abs(stacked([a]) - stacked([b])).mean() for a, b in itertools.pairwise(walk)]
+        assert min(steps) > 0 and max(steps) < np.abs(stacked([walk[0]]) - stacked([walk[-1]])).mean()
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_the_film_of_a_draw_ends_with_it(folder, tmp_path, suffix):
+    film = tmp_path / f"film.{suffix}"
+    drawn(folder, tmp_path, "--film", str(film), "--batch-size", "2", n=3)
+    with Image.open(film) as frames:
+        assert frames.n_frames == 4 and frames.is_animated  # the noise after steps 1 to 3, and the images
+        stages = []
+        for i in range(4):
+            frames.seek(i)
+            stages.append(np.asarray(frames.convert("RGB")).astype(int))
+        assert frames.info["duration"] == 2000
+    last = np.asarray(Image.open(tmp_path / "drawn.png").convert("RGB")).astype(int)
+    apart = [np.abs(stage - last).mean() for stage in stages]
+    assert apart[0] == max(apart) and apart[-1] <= {"png": 0, "gif": 12}[suffix]  # a GIF has 256 colours
+
+
+def test_the_film_of_a_walk_is_the_walk(folder, tmp_path):
+    walk = drawn(folder, tmp_path, "--walk", "1", "2", "--film", str(tmp_path / "w.png"), n=4)
+    with Image.open(tmp_path / "w.png") as frames:
+        assert frames.n_frames == 4
+        for i, image in enumerate(walk):
+            frames.seek(i)
+            assert np.array_equal(np.asarray(frames)[2:-2, 2:-2], image)
+
+
+def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
+    picture_of(by_class, tmp_path / "p.png")
+    flags = ["--class", "bee", "--guidance", "2.5", "--from", str(tmp_path / "p.png"), "--strength", "0.5"]
+    drawn(by_class, tmp_path, *flags)
+    text = png_text(tmp_path / "drawn.png")
+    assert (text["class"], text["guidance"], text["strength"], text["steps"]) == ("bee", "2.5", "0.5", "2")
+    drawn(by_class, tmp_path, "--walk", "3", "9")
+    assert png_text(tmp_path / "drawn.png")["walk"] == "3 9"
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--class", "dog"], "--class dog: this model has no such class; it has ant, bee, cat"),
+        (["--class", "ant,3"], "--class 3: this model has no such class"),
+        (["--class", ""], "--class : this model has no such class"),
+        (["--guidance", "2"], "--guidance exaggerates a class; choose one with --class"),
+        (["--guidance", "-1", "--class", "ant"], "'-1' is not a number from 0 to 1000"),
+        (["--guidance", "nan", "--class", "ant"], "'nan' is not a number from 0 to 1000"),
+        (["--strength", "0.5"], "--strength says how far to noise a picture; name it with --from"),
+        (["--from", "{png}", "--strength", "0"], "'0' is not a number from 0.001 to 1"),
+        (["--from", "{png}", "--strength", "1.5"], "'1.5' is not a number from 0.001 to 1"),
+        (["--from", "nowhere.png"], "--from nowhere.png cannot be read: No such file or directory"),
+        (["--from", "{text}"], "cannot be read: not an image, or of a format that is not known"),
+        (["--from", "{png}", "--mask", "nowhere.png"], "--mask nowhere.png cannot be read"),
+        (["--mask", "{png}"], "--mask fills a part of a picture; name it with --from"),
+        (["--walk", "1", "2", "--seed", "0"], "--walk names its own two seeds; leave --seed out"),
+        (["--walk", "1", "2", "-n", "1"], "--walk needs at least 2 images"),
+        (["--walk", "1", "x"], "'x' is not a whole number of at least 0"),
+        (["--film", "film.mp4"], "--film film.mp4: films are animated PNG or GIF files"),
+        (["--film", "x.png", "--out", "x.png"], "--film and --out name the same file"),
+    ],
+)
+def test_bad_values_of_the_new_flags(by_class, tmp_path, capsys, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    picture_of(by_class, tmp_path / "p.png")
+    (tmp_path / "text.png").write_text("no picture")
+    flags = [flag.format(png=tmp_path / "p.png", text=tmp_path / "text.png") for flag in flags]
+    before = sorted(tmp_path.iterdir())
+    try:
+        status = sample.main(["--model", str(by_class), "--steps", "1", *flags])
+    except SystemExit as stopped:  # argparse
+        status = stopped.code
+    assert status == 2 and sentence in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
+
+
+def test_guidance_needs_a_model_with_a_null_label(tmp_path, capsys):
+    old = make_model(tmp_path / "m", num_class_embeds=3, class_names=NAMES)
+    assert sample.main(["--model", str(old), "--class", "ant", "--guidance", "2"]) == 2
+    assert "guidance needs a model that was trained with classes and with --label-dropout" in capsys.readouterr().err
