@@ -1,6 +1,6 @@
 """A data set in, a model folder out: one loop, to be read from top to bottom.
 
-    python train.py --data FOLDER                               the device decides how large the network is
+    python train.py                                             butterflies; the device decides how large a network
     python train.py --data FOLDER --preset nano --steps 2000    32 px, minutes on a laptop
     python train.py --resume runs/x                             goes on to the bit
     python train.py --init MODEL --data FOLDER --lr 1e-4        fine-tunes
@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -51,31 +52,21 @@ def numbers(text: str) -> list[int]:
     return [sample.whole_number(1, 65536)(part) for part in parts]
 
 
-def real(least: float, most: float = math.inf):
-    """An argparse type: a finite number in a range, refused in a sentence."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most):
-            bound = f"of at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
-        return value
-
-    return parse
-
-
-whole = sample.whole_number
+whole, real = sample.whole_number, sample.real
 # name: (default, argparse type or choices or bool, one sentence), by group. What a preset sets stands in PRESETS.
 SETTINGS = {
     "data": {
-        "data": ("smithsonian", str, "folder of images, parquet file, hub id, or smithsonian"),
+        "data": (
+            "auto",
+            str,
+            "folder of images, parquet file, hub id, smithsonian, drawn, drawn:N, or auto: smithsonian where it is "
+            "cached or the hub answers, and drawn butterflies elsewhere",
+        ),
         "revision": (None, str, "commit or branch of a hub id"),
         "size": (32, whole(8, 1024), "side of the images in pixels"),
         "image_channels": (3, whole(1, 3), "3 for colour, 1 for grey"),
         "classes": (False, bool, "learn the classes, so that sample.py can draw one with --class"),
+        "label_dropout": (0.1, real(0, 1), "share of images whose class is hidden, for guidance, with --classes"),
         "flips": (True, bool, "mirror half of the images left-right, anew each time"),
     },
     "network": {
@@ -263,7 +254,7 @@ def design(settings: dict, classes: Sequence[str]) -> tuple[unet.UNetConfig, ddp
             attention_head_dim=settings["head_dim"],
             norm_num_groups=groups,
             dropout=settings["dropout"],
-            num_class_embeds=len(classes) if settings["classes"] else None,
+            num_class_embeds=len(classes) + (settings["label_dropout"] > 0) if settings["classes"] else None,
             class_names=tuple(classes) if settings["classes"] else None,
             patch_size=patch,
         )
@@ -428,9 +419,11 @@ def raise_if_changed(run: argparse.Namespace, given: dict, base: dict | None, da
 class Batches:
     """The training batches: pure functions of (seed, step, position), cut to this process's share."""
 
-    def __init__(self, dataset, rows, settings: dict, cdf: Tensor, device: torch.device, rank: int, world: int):
+    def __init__(
+        self, dataset, rows, settings: dict, null: int | None, cdf: Tensor, device: torch.device, rank: int, world: int
+    ):
         self.seed, self.total, self.device = settings["seed"], settings["batch_size"], device
-        self.flips = settings["flips"]
+        self.flips, self.null, self.label_dropout = settings["flips"], null, settings["label_dropout"]
         self.mine = slice(rank * self.total // world, (rank + 1) * self.total // world)
         self.rows = torch.from_numpy(rows)
         self.images = torch.from_numpy(dataset.images)
@@ -455,6 +448,9 @@ class Batches:
         uniform = torch.rand(self.total, generator=random, device=self.device)[self.mine]
         eps = torch.randn(self.total, *x0.shape[1:], generator=random, device=self.device)[self.mine]
         labels = None if self.labels is None else self.labels[indices.to(self.device)]
+        if labels is not None and self.null is not None:  # Ho & Salimans 2022, algorithm 1
+            drawn = torch.rand(self.total, generator=data.generator(self.seed, "label", step))[self.mine]
+            labels = torch.where(drawn.to(self.device) < self.label_dropout, self.null, labels)
         return x0, labels, ddpm.draw_timesteps(self.cdf, uniform), eps
 
 
@@ -487,16 +483,16 @@ def preview(network: unet.UNet, schedule: ddpm.Schedule, device: torch.device, a
     """A grid of 16 images, or 4 of large ones, in 10 calls of the network; the same seeds each time."""
     config = network.config
     count = 16 if max(config.image_size) <= 64 else 4
-    labels = torch.arange(count, device=device) % config.num_class_embeds if config.num_class_embeds else None
+    shape = (config.image_channels, *config.image_size)
+    classes = len(config.class_names or ()) or config.num_class_embeds
+    labels = torch.arange(count, device=device) % classes if classes else None
     with autocast():
         images = ddpm.draw(
             network,
             ddpm.plan(schedule, steps=min(10, schedule.num_train_timesteps)),
-            [sample.image_generator(seed) for seed in range(count)],
-            (config.image_channels, *config.image_size),
+            partial(ddpm.normal, [sample.image_generator(seed) for seed in range(count)], shape, config.patch_size),
             device=device,
             labels=labels,
-            patch_size=config.patch_size,
         )
     return data.grid(data.to_uint8(images))
 
@@ -663,12 +659,13 @@ def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.U
 
 def prepare_data(settings: dict, rank: int, world: int) -> data.Dataset:
     """The first process prepares the data, the others find it prepared. Fills in what depends on the data."""
-    if rank:
-        dist.barrier()
-    dataset = data.prepare(settings["data"], settings["size"], channels=settings["image_channels"],
-                           revision=settings["revision"], progress=not rank)  # fmt: skip
-    if world > 1 and not rank:
-        dist.barrier()
+    options = {"channels": settings["image_channels"], "revision": settings["revision"], "progress": not rank}
+    if not rank:
+        dataset = data.prepare(settings["data"], settings["size"], **options)
+    if world > 1:
+        source = [None if rank else dataset.source]
+        dist.broadcast_object_list(source)
+        dataset = data.prepare(source[0], settings["size"], **options) if rank else dataset
     settings["data"] = dataset.source
     if settings["classes"] and not dataset.classes:
         raise InputError(f"--classes: the images of {settings['data']} have no classes; names of folders make them")
@@ -780,7 +777,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
         cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
     except ValueError as error:
         raise InputError(f"--density-mean and --density-std: {error}") from error
-    batches = Batches(dataset, rows, settings, cdf, device, rank, world)
+    batches = Batches(dataset, rows, settings, config.null_label, cdf, device, rank, world)
     held_out = HeldOut(dataset, held_rows, settings, cdf, device)
     cost = probe(network, batches, table, settings, autocast)
     folder = run.resume or (new_folder(run.out) if lead else None)

@@ -156,11 +156,11 @@ def test_average_follows_its_formula(tmp_path, monkeypatch, fit):
 # ---- pure functions of (seed, step, position) ------------------------------------------------------------------------
 
 
-def make_batches(shapes, rank=0, world=1, **changes) -> train.Batches:
+def make_batches(shapes, rank=0, world=1, null=None, **changes) -> train.Batches:
     settings = train.DEFAULTS | {"batch_size": 8, "classes": True} | changes
     dataset = data.prepare(str(shapes), 16, progress=False)
     cdf = ddpm.timestep_cdf(ddpm.Schedule())
-    return train.Batches(dataset, data.split(dataset)[0], settings, cdf, torch.device("cpu"), rank, world)
+    return train.Batches(dataset, data.split(dataset)[0], settings, null, cdf, torch.device("cpu"), rank, world)
 
 
 def test_batches_are_pure_and_cut_into_shares(shapes):
@@ -174,6 +174,19 @@ def test_batches_are_pure_and_cut_into_shares(shapes):
         assert torch.equal(torch.cat(part), full)
     other = make_batches(shapes, seed=1)(7)
     assert not torch.equal(other[0], forward[2][0]) and not torch.equal(other[3], forward[2][3])
+
+
+def test_hidden_labels_are_pure_a_share_and_cut_into_shares(shapes):
+    seen = make_batches(shapes, batch_size=800)(3)[1]
+    hidden = make_batches(shapes, batch_size=800, null=5, label_dropout=0.25)(3)[1]
+    share = float((hidden == 5).float().mean())
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 800)  # five standard deviations
+    assert torch.equal(hidden[hidden != 5], seen[hidden != 5]) and not (seen == 5).any()
+    parts = [make_batches(shapes, rank, 4, batch_size=800, null=5, label_dropout=0.25)(3)[1] for rank in range(4)]
+    assert torch.equal(torch.cat(parts), hidden)
+    for other in ({"seed": 1}, {}):
+        again = make_batches(shapes, batch_size=800, null=5, label_dropout=0.25, **other)(3 if other else 4)[1]
+        assert not torch.equal(again == 5, hidden == 5)
 
 
 def test_held_out_loss_is_fixed(shapes):
@@ -477,7 +490,46 @@ def test_init_starts_from_a_model(tmp_path, monkeypatch, capsys, shapes, trained
 def test_classes_are_learnt_and_named(tmp_path, fit):
     assert fit(tmp_path / "run", "--classes", steps=2) == 0
     config = sample.load(tmp_path / "run").network.config
-    assert config.class_names == ("circle", "diamond", "hexagon", "square", "triangle") and config.num_class_embeds == 5
+    names = ("circle", "diamond", "hexagon", "square", "triangle")
+    assert (config.class_names, config.num_class_embeds, config.null_label) == (names, 6, 5)
+    assert fit(tmp_path / "without", "--classes", "--label-dropout", "0", steps=2) == 0
+    config = sample.load(tmp_path / "without").network.config
+    assert (config.class_names, config.num_class_embeds, config.null_label) == (names, 5, None)
+
+
+def test_a_class_and_no_class_are_learnt(tmp_path):
+    """Dark and light images: from the same noise a class draws its own, and no class between the two."""
+    for name, level in (("dark", 60), ("light", 200)):
+        for i in range(30):
+            blocks = np.random.default_rng(i).integers(level - 40, level + 40, (8, 8, 3)).astype(np.uint8)
+            pixels = blocks.repeat(2, 0).repeat(2, 1)  # apart enough to be no near-duplicates
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--classes", "--label-dropout", "0.3", *TINY]
+    assert train.main([*flags, "--steps", "150", "--lr", "3e-3", "--batch-size", "16", "--dropout", "0"]) == 0
+    model = sample.load(tmp_path / "run")
+    table = ddpm.plan(model.schedule, steps=8)
+    seeds = [*range(8), *range(8)]
+    dark, light = sample.draw(model, seeds, table, [0] * 8 + [1] * 8).float().mean((1, 2, 3)).chunk(2)
+    free = sample.draw(model, range(8), table).float().mean()
+    assert light.mean() - dark.mean() > 60 and dark.mean() < free < light.mean()
+
+
+def test_auto_is_resolved_so_that_a_repeated_run_needs_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "_hub_answers", lambda: False)
+    monkeypatch.setattr(data, "DRAWN_COUNT", 40)
+    assert train.DEFAULTS["data"] == "auto"
+    assert train.main(["--out", str(tmp_path / "a"), "--steps", "2", *TINY]) == 0
+    assert capsys.readouterr().out.startswith("data: DRAWN BUTTERFLIES (--data auto), because ")
+    assert sample.read_json(tmp_path / "a/config.json")["settings"]["data"] == "drawn:40"
+
+    def forbid():
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(data, "_hub_answers", forbid)
+    assert train.main(["--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
+    assert train.main(["--resume", str(tmp_path / "a"), "--steps", "4"]) == 0
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
 @pytest.mark.parametrize("channels", ["1", "3"])
