@@ -139,8 +139,11 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
-def grid(images: torch.Tensor | np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
-    """uint8 (N, C, H, W), C 1 or 3, any N >= 1 -> one picture on white, row by row, near-square if not told.
+def grid(
+    images: torch.Tensor | np.ndarray, columns: int | None = None, padding: int = 2, scale: int = 1
+) -> Image.Image:
+    """uint8 (N, C, H, W), C 1 or 3, any N >= 1 -> one picture on white, row by row, near-square if not told; of
+    each pixel `scale` x `scale`.
 
     Raises InputError for any other shape or type.
     """
@@ -149,6 +152,7 @@ def grid(images: torch.Tensor | np.ndarray, columns: int | None = None, padding:
         raise InputError(
             f"a grid needs uint8 images of shape (N, 1 or 3, H, W), N >= 1; got {images.dtype} {images.shape}"
         )
+    images = images.repeat(scale, 2).repeat(scale, 3)
     count, channels, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)

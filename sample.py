@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -396,6 +397,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="write the denoising, or the walk, as an animated .png or .gif too",
     )
+    what.add_argument(
+        "--scale", type=whole_number(1, 64), default=1, metavar="N", help="enlarge each pixel to N x N, to look at"
+    )
     what.add_argument("--each", action="store_true", help="write each image to a file of its own, named by its seed")
     how = parser.add_argument_group("how to draw")
     how.add_argument("--sampler", choices=ddpm.SAMPLERS, default=ddpm.DEFAULT_SAMPLER, help="default %(default)s")
@@ -487,7 +491,7 @@ def run(args: argparse.Namespace) -> None:
     classes = choose_classes(config, args.classes)
     strength = args.strength or (0.6 if args.picture and not args.mask else 1.0)
     table = plan(args, model.schedule, strength)
-    picture, known = read_inputs(args, model)
+    begin, known = read_inputs(args, model)
     print(f"{path}: {config.image_size[1]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
 
     seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
@@ -500,7 +504,7 @@ def run(args: argparse.Namespace) -> None:
     every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
     drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
     size = EXACT_BATCH if args.exact else args.batch_size or 8
-    options = {"guidance": args.guidance, "picture": picture if strength < 1 else None, "known": known}
+    options = {"guidance": args.guidance, "picture": begin if strength < 1 else None, "known": known}
 
     def progress(i: int, x: Tensor) -> None:
         bar.update(len(x))
@@ -515,15 +519,15 @@ def run(args: argparse.Namespace) -> None:
                               progress=progress))  # fmt: skip
             for name, image in zip(names[start : start + size], drawn[-1], strict=True) if args.each else ():
                 own = {"seed": name.rpartition("-")[2]} if not args.walk else {"frame": name}
-                data.write_png(out / f"{name}.png", data.grid(image[None], padding=0), facts | own)
+                data.write_png(out / f"{name}.png", data.grid(image[None], padding=0, scale=args.scale), facts | own)
     images = torch.cat(drawn)
-    columns = args.n if len(classes) > 1 else None
+    picture = partial(data.grid, columns=args.n if len(classes) > 1 else None, scale=args.scale)
     if not args.each:
-        data.write_png(out, data.grid(images, columns), facts | {"count": len(images)})
+        data.write_png(out, picture(images), facts | {"count": len(images)})
     print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
     if args.film:
         frames = list(images[:, None]) if args.walk else [*(torch.cat(frame) for frame in film), images]
-        *frames, last = (data.grid(frame, columns) for frame in frames)
+        *frames, last = (picture(frame) for frame in frames)
         data.write_png(args.film, last, facts, frames)
         print(f"wrote {args.film}")
 

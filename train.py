@@ -494,7 +494,7 @@ def preview(network: unet.UNet, schedule: ddpm.Schedule, device: torch.device, a
             device=device,
             labels=labels,
         )
-    return data.grid(data.to_uint8(images))
+    return data.grid(data.to_uint8(images), scale=max(1, 128 // max(config.image_size)))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -658,14 +658,22 @@ def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.U
 
 
 def prepare_data(settings: dict, rank: int, world: int) -> data.Dataset:
-    """The first process prepares the data, the others find it prepared. Fills in what depends on the data."""
+    """The first process prepares the data, the others find it prepared. Fills in what depends on the data. InputError
+    in every process where the first one cannot."""
     options = {"channels": settings["image_channels"], "revision": settings["revision"], "progress": not rank}
+    found = [None]
     if not rank:
-        dataset = data.prepare(settings["data"], settings["size"], **options)
+        try:
+            dataset = data.prepare(settings["data"], settings["size"], **options)
+            found = [dataset.source]
+        except InputError as error:
+            found = [error]
     if world > 1:
-        source = [None if rank else dataset.source]
-        dist.broadcast_object_list(source)
-        dataset = data.prepare(source[0], settings["size"], **options) if rank else dataset
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    if rank:
+        dataset = data.prepare(found[0], settings["size"], **options)
     settings["data"] = dataset.source
     if settings["classes"] and not dataset.classes:
         raise InputError(f"--classes: the images of {settings['data']} have no classes; names of folders make them")
@@ -676,7 +684,10 @@ def open_folder(folder: Path, state: State, record: dict, batches: Batches, text
     """Writes what is known before the first step, and says it."""
     sample.write_json(folder / "config.json", record)
     cut_metrics(folder, state.step)
-    data.write_png(folder / "samples/data.png", data.grid(data.to_uint8(batches(0)[0][:64])))
+    data.write_png(
+        folder / "samples/data.png",
+        data.grid(data.to_uint8(batches(0)[0][:64]), scale=max(1, 128 // record["settings"]["size"])),
+    )
     kept = record["data"]
     print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
     for line in kept["skipped"][:5]:
@@ -843,7 +854,9 @@ def train(run: argparse.Namespace, given: dict) -> int:
                     sample.save_model(folder / "best", state.ema, schedule)
             if "preview" in due:
                 picture = preview(state.ema, schedule, device, autocast)
-                data.write_png(folder / f"samples/{state.step:08d}.png", picture, {"step": str(state.step)})
+                path = folder / f"samples/{state.step:08d}.png"
+                data.write_png(path, picture, {"step": str(state.step)})
+                bar.write(f"step {state.step}: look at {path}")
             if "save" in due or asked:
                 # The checkpoint last: it says that everything up to its step is on disk.
                 sample.save_model(folder / "model", state.ema, schedule)

@@ -207,6 +207,8 @@ def test_grid_puts_every_image_in_its_place():
     assert data.grid(images[:, :1]).mode == "L"
     assert data.grid(images[:1]).size == (12, 12)
     assert data.grid(noise_images(9, 8)).size == (32, 32)
+    plain, large = (np.asarray(data.grid(images[:2], padding=0, scale=scale)) for scale in (1, 3))
+    assert np.array_equal(large, np.kron(plain, np.ones((3, 3, 1), np.uint8)))
     for wrong in (images[:0], images.astype(np.float32), images[:, :2], images[0]):
         with pytest.raises(InputError, match="grid"):
             data.grid(wrong)

@@ -689,6 +689,16 @@ def test_the_film_of_a_walk_is_the_walk(folder, tmp_path):
             assert np.array_equal(np.asarray(frames)[2:-2, 2:-2], image)
 
 
+def test_pixels_are_enlarged(folder, tmp_path):
+    drawn(folder, tmp_path, n=3)
+    with Image.open(tmp_path / "drawn.png") as small:
+        image = np.asarray(small)[2:18, 2:18]
+    flags = ["--model", str(folder), "-n", "3", "--steps", "4", "--precision", "fp32", "--scale", "5"]
+    assert sample.main([*flags, "--out", str(tmp_path / "large.png")]) == 0
+    with Image.open(tmp_path / "large.png") as large:
+        assert np.array_equal(np.asarray(large)[2:82, 2:82], np.kron(image, np.ones((5, 5, 1), np.uint8)))
+
+
 def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
     picture_of(by_class, tmp_path / "p.png")
     flags = ["--class", "bee", "--guidance", "2.5", "--from", str(tmp_path / "p.png"), "--strength", "0.5"]

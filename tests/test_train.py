@@ -229,6 +229,15 @@ def test_two_processes_make_the_steps_of_one(tmp_path, shapes):
             assert (moments["exp_avg"] - other[i]["exp_avg"]).abs().max() <= 1e-4 * scale + 1e-9
 
 
+def test_two_processes_and_data_that_cannot_be_read(tmp_path):
+    """The sentence from each, and no traceback of the one that waited."""
+    (tmp_path / "empty").mkdir()
+    launched = command("--data", tmp_path / "empty", "--out", tmp_path / "run", *TINY, processes=2)
+    made = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=120)
+    assert made.returncode != 0 and made.stderr.count(f"error: {tmp_path / 'empty'} holds no images") == 2
+    assert 'train.py", line' not in made.stderr and not (tmp_path / "run").exists()  # the launcher has its own
+
+
 def test_two_processes_stop_together_and_resume(tmp_path, shapes):
     flags = ["--data", shapes, "--steps", 4000, *TINY, *OFTEN, "--log-every", 1, "--out", tmp_path / "run"]
     running = subprocess.Popen(command(*flags, processes=2), env=environment(), start_new_session=True)
@@ -425,7 +434,7 @@ def test_files_of_a_run(trained, shapes):
         "00000008.png", "00000012.png", "data.png"]  # fmt: skip
     first = make_batches(shapes, classes=False)(0)[0]
     assert np.array_equal(
-        np.asarray(Image.open(trained / "samples/data.png")), np.asarray(data.grid(data.to_uint8(first)))
+        np.asarray(Image.open(trained / "samples/data.png")), np.asarray(data.grid(data.to_uint8(first), scale=8))
     )
     losses = {line["step"]: line["held_out_loss"] for line in metrics(trained) if "held_out_loss" in line}
     assert list(losses) == [4, 8, 12]
