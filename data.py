@@ -57,7 +57,7 @@ class Dataset:
     images: np.ndarray  # uint8 (N, C, H, W), a memory map that copies on write
     labels: np.ndarray | None  # int64 (N,), indices into classes
     classes: tuple[str, ...]  # () where there are none
-    digests: np.ndarray  # uint8 (N, 32): SHA-256 of each image's encoded bytes, the same at every size
+    digests: np.ndarray  # uint8 (N, 32): SHA-256 of each image's encoded bytes, or of what to draw; at every size
     groups: np.ndarray  # int64 (N,): near-duplicates have the same number
     checksum: str  # SHA-256 over images, labels and class names, in order
     fingerprint: str  # the checksum; of drawn images, which may differ by 2 levels elsewhere, SHA-256 of what to draw
@@ -114,6 +114,12 @@ def decode(encoded: bytes, size: int, channels: int) -> np.ndarray:
         image = _convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
     pixels = np.asarray(_fit(image, size))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def picture_size(path: Path | str) -> tuple[int, int]:
+    """Width and height of a picture that `decode` takes, before it is turned upright."""
+    with Image.open(path) as image:
+        return image.size
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -258,11 +264,11 @@ def write_png(
     With `film` it is animated: those pictures at ten a second, then `image` for two; a GIF by the name's suffix."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
-        info.add_text(key, str(value))
-    options = {"save_all": True, "append_images": [*film[1:], image], "loop": 0} if film else {}
-    options |= {"duration": [100] * len(film) + [2000]} if film else {}
+        info.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())  # a path may be no text
+    first, *rest = *film, image
+    options = {"append_images": rest, "loop": 0, "duration": [100] * len(film) + [2000]} if film else {}
     kind = "GIF" if Path(path).suffix.lower() == ".gif" else "PNG"
-    atomic_write(path, lambda file: (film[0] if film else image).save(file, kind, pnginfo=info, **options))
+    atomic_write(path, lambda file: first.save(file, kind, pnginfo=info, save_all=bool(film), **options))
 
 
 # ------------------------------------------------------------------------------------------ drawn butterflies
@@ -353,7 +359,7 @@ class _Wing:
     a: np.ndarray  # 0 at the leading edge, 1 at the trailing edge
     radius: np.ndarray  # from the hinge to the outline, through the pixel
     inside: np.ndarray  # distance to the outline, negative outside of it
-    outline: Callable[[float], float]  # a -> radius, without wear
+    outline: Callable[[float], float]  # angle -> radius, without wear
     edges: tuple[float, float]  # angles of the leading and trailing edges
     pixel: float  # side of a pixel
     mottle: np.ndarray | None = None  # smooth noise, -1 to 1
@@ -369,7 +375,8 @@ class _Wing:
 
     def away(self, a: float, u: float) -> np.ndarray:
         """The distance to a place on the wing."""
-        angle, r = self.edges[0] - a * (self.edges[0] - self.edges[1]), u * self.outline(a)
+        angle = self.edges[0] - a * (self.edges[0] - self.edges[1])
+        r = u * float(self.outline(angle))
         return np.hypot(self.x - HINGE[0] - r * math.cos(angle), self.y - HINGE[1] - r * math.sin(angle))
 
     def ground(self):
@@ -492,8 +499,7 @@ def draw_butterfly(seed: int, index: int, size: int) -> np.ndarray:
         pixels[:, chosen] += covered.ravel()[chosen] * (colours * tone.astype(np.float32) - pixels[:, chosen])
     body = 0.3 * _rgb(layers[0][2])[:, :, None] + between(0.05, 0.15)
     _add_body(picture, x, y, pixel, body, between(0.26, 0.36), between(0.20, 0.34))
-    picture = picture.reshape(3, size, factor, size, factor).mean((2, 4))
-    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+    return (picture.reshape(3, size, factor, size, factor).mean((2, 4)).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _shape(x, y, left, pixel: float, outline, turned: float, edges, scallops: float, wear: float, between) -> _Wing:
@@ -519,11 +525,7 @@ def _shape(x, y, left, pixel: float, outline, turned: float, edges, scallops: fl
     slope = (high - low) * (TURNS / (2 * math.pi)) / radius  # a slanting outline is nearer than the ray says
     inside = (radius - r) / np.sqrt(1 + np.minimum(slope * slope, 9))
     a = (edges[0] - angle) / (edges[0] - edges[1])
-
-    def plain_radius(a: float) -> float:
-        return float(np.interp(edges[0] - a * (edges[0] - edges[1]), angles, plain))
-
-    return _Wing(x, y, r / radius, a, radius, inside, plain_radius, edges, pixel)
+    return _Wing(x, y, r / radius, a, radius, inside, functools.partial(np.interp, xp=angles, fp=plain), edges, pixel)
 
 
 def _paint(wing: _Wing, layers: list[list[str]], between) -> np.ndarray:
@@ -558,7 +560,7 @@ def find_source(source: str, revision: str | None = None) -> Source:
     """What `source` names: a folder of images, parquet files, or a hub id. Raises InputError for all else."""
     path = Path(os.path.expanduser(source))
     drawn = source.partition(":")[0] == "drawn"
-    if revision and (drawn or os.path.exists(path)):
+    if revision and (drawn or source == "auto" or os.path.exists(path)):
         raise InputError(f"revision {revision!r} is for hub ids, and {source} is none; leave it out")
     if drawn:
         return _find_drawn(source)
@@ -586,7 +588,7 @@ def _find_drawn(source: str) -> Source:
     match = re.fullmatch(r"drawn(?::(\d{1,9})(?::(\d{1,15}))?)?", source, re.ASCII)
     count, seed = (int(match[1] or DRAWN_COUNT), int(match[2] or 0)) if match else (0, 0)
     if count < 2:
-        raise InputError(f"{source!r} is not drawn, drawn:N (N butterflies, at least 2) or drawn:N:SEED (others)")
+        raise InputError(f"{source!r}: write drawn, drawn:N for N butterflies (at least 2), or drawn:N:SEED for others")
     return Source("drawn", f"drawn:{count}" + (f":{seed}" if seed else ""), str(DRAWN_VERSION))
 
 
@@ -748,7 +750,7 @@ def prepare(
 
     source    a folder of images (sub-folders are classes), a .parquet file or a folder of them, a hub id
               "org/name", "smithsonian", "drawn" (or "drawn:N", "drawn:N:SEED"), or "auto": smithsonian where it is
-              cached or the hub answers, and drawn elsewhere; which one it is, is printed
+              prepared already or the hub answers, and drawn elsewhere; which one it is, is printed
     size      pixels a side, 8 to 1024; images are scaled to it by their shorter side and centre-cropped
     channels  3 (RGB) or 1 (grey)
     revision  of a hub id: branch, tag or commit
@@ -762,8 +764,8 @@ def prepare(
     size = int(size)
     if channels not in (1, 3):
         raise InputError(f"channels {channels}: use 3 (RGB) or 1 (grey)")
-    if source == "auto":
-        return _prepare_auto(size, channels=channels, revision=revision, cache=cache, progress=progress)
+    if source == "auto" and not revision:
+        return _prepare_auto(size, channels=channels, cache=cache, progress=progress)
     found = find_source(str(source), revision)
     with disk_errors(f"read {found.name}"):
         key = _cache_key(found, size, channels)
@@ -787,12 +789,12 @@ def prepare(
     return dataset
 
 
-def _prepare_auto(size: int, *, revision: str | None, **options) -> Dataset:
+def _prepare_auto(size: int, **options) -> Dataset:
     try:
-        dataset = prepare("smithsonian", size, revision=revision, **options)
+        dataset = prepare("smithsonian", size, **options)
         print("data: the Smithsonian butterflies (--data auto)", flush=True)
     except InputError as error:
-        print(f"data: DRAWN BUTTERFLIES (--data auto), because {error}", flush=True)
+        print(f"data: DRAWN BUTTERFLIES (--data auto), because {str(error).partition(';')[0]}", flush=True)
         dataset = prepare("drawn", size, **options)
     return dataset
 
@@ -930,11 +932,10 @@ def _open(folder: Path) -> Dataset | None:
         # Copy on write: PyTorch warns of an array that is not writable, and the file stays as it is all the same.
         images = np.memmap(folder / "images.bin", np.uint8, "c", shape=shape)
         lengths = {len(images), len(digests), len(groups), len(labels) if classes else shape[0]}
-        if lengths != {shape[0]}:
+        if lengths != {shape[0]} or groups.dtype != np.int64:
             return None
-        origin = {name: meta[name] for name in ("checksum", "fingerprint", "source", "revision")}
-        skipped = tuple(meta["skipped"])
-        return Dataset(images, labels, classes, digests, groups, **origin, skipped=skipped, folder=folder)
+        rest = {name: meta[name] for name in ("checksum", "fingerprint", "source", "revision")}
+        return Dataset(images, labels, classes, digests, groups, **rest, skipped=tuple(meta["skipped"]), folder=folder)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -1009,7 +1010,7 @@ def near_duplicates(images: np.ndarray, chunk: int = 512) -> np.ndarray:
     means = cells.mean((1, 2, 3), dtype=np.float64)
     order = np.argsort(means)
     cells, means = cells[order], means[order]
-    squares = np.square(cells.astype(np.float64)).sum((1, 2, 3))
+    squares = np.einsum("nchw,nchw->n", cells, cells, dtype=np.float64)
     limit = NEAR_DUPLICATE**2 * cells[0].size  # of a squared distance
     parents = np.arange(len(cells))
     for start in range(0, len(cells), chunk):

@@ -405,8 +405,8 @@ def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
     """The tensor that lies `fraction` of the way from a to b, of one shape, on the arc between them: of normal noise
     normal noise again (Shoemake 1985, section 3.3)."""
     angle = F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).clamp(-1, 1).acos()
-    if angle < 1e-6:
-        return a
+    if fraction in (0, 1) or angle < 1e-6:  # the ends to the bit
+        return b if fraction == 1 else a
     return ((((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()).to(a.dtype)
 
 

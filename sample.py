@@ -238,7 +238,8 @@ def draw(
     size = EXACT_BATCH if exact else batch_size
     config, null = model.network.config, model.network.config.null_label
     if guidance != 1 and null is None:
-        raise InputError("guidance needs a model that was trained with classes and with --label-dropout")
+        raise InputError(f"--guidance {guidance:g}: this model was trained without hidden classes (train.py "
+                         "--label-dropout); leave it out")  # fmt: skip
     if null is not None and (labels is None or guidance == 0):
         labels = [null] * len(seeds)
     network = model.network if guidance in (0, 1) else ddpm.guided(model.network, guidance, null)
@@ -280,7 +281,7 @@ def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int | None
         raise InputError(f"--class {text}: this model was trained without classes (train.py --classes)")
     if text is None and (count is None or config.null_label is not None):
         return [None]
-    count = len(names) or count
+    count = count if config.null_label is None else config.null_label
     known = ", ".join(names) if names else f"0 to {count - 1}"
     if text is None:
         raise InputError(f"this model draws by class: choose one with --class ({known}), or all")
@@ -292,9 +293,10 @@ def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int | None
             return names.index(name)
         if name.isascii() and name.isdigit() and int(name) < count:
             return int(name)
-        raise InputError(f"--class {name}: this model has no such class; it has {known}")
+        raise InputError(f"--class {name!r}: this model has no such class; it has {known}")
 
-    return [choose(name) for name in ([text] if text in names else text.split(","))]
+    parts = [text] if text in names else [part.strip() for part in text.split(",")]
+    return list(dict.fromkeys(choose(part) for part in parts))  # each once
 
 
 def read_picture(flag: str, path: Path, size: tuple[int, int], channels: int) -> Tensor:
@@ -382,7 +384,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--mask",
         type=Path,
         metavar="PICTURE",
-        help="fill the white part of this mask anew and leave the rest of --from as it is (--strength: default 1)",
+        help="fill the white part (128 of 255 and above) of this mask, of the size of --from, anew and leave the rest "
+        "as it is (--strength: default 1)",
     )
     what.add_argument(
         "--walk",
@@ -400,7 +403,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--scale", type=whole_number(1, 64), default=1, metavar="N", help="enlarge each pixel to N x N, to look at"
     )
-    what.add_argument("--each", action="store_true", help="write each image to a file of its own, named by its seed")
+    what.add_argument(
+        "--each",
+        action="store_true",
+        help="write each image to a file of its own, named by seed, by class and seed, or by place in a walk",
+    )
     how = parser.add_argument_group("how to draw")
     how.add_argument("--sampler", choices=ddpm.SAMPLERS, default=ddpm.DEFAULT_SAMPLER, help="default %(default)s")
     how.add_argument(
@@ -433,15 +440,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, out: Path) -> None:
     """InputError for flags that do not go together, before anything is read or drawn."""
+    named = {"--out": out, "--film": args.film, "--from": args.picture, "--mask": args.mask}
+    places = {flag: path.resolve() for flag, path in named.items() if path}
+    written = [places[flag] for flag in ("--out", "--film") if flag in places]
+    clash = any(list(places.values()).count(place) > 1 for place in written)
+    clash = clash or any(place.parent == places["--out"] for place in places.values())  # among the files of --each
     refused = [
         (args.exact and args.batch_size, "--exact draws in batches of one size; leave --batch-size out"),
         (args.strength and not args.picture, "--strength says how far to noise a picture; name it with --from"),
         (args.mask and not args.picture, "--mask fills a part of a picture; name it with --from"),
         (args.walk and args.seed is not None, "--walk names its own two seeds; leave --seed out"),
         (args.walk and args.n < 2, "--walk needs at least 2 images, its ends; ask for more with -n"),
-        (args.guidance != 1 and args.classes is None, "--guidance exaggerates a class; choose one with --class"),
+        (args.guidance != 1 and args.classes is None, "--guidance is towards a class; choose one with --class"),
         (
-            args.film and args.film.suffix.lower() not in (".png", ".gif"),
+            args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir()),
             f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif",
         ),
         (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file; with --each name a folder"),
@@ -450,7 +462,7 @@ def check(args: argparse.Namespace, out: Path) -> None:
             not args.each and out.suffix.lower() != ".png",
             f"--out {out}: pictures are PNG files; give it a name that ends in .png",
         ),
-        (args.film == out, "--film and --out name the same file"),
+        (clash, f"{', '.join(places)}: no two may name the same place; choose another --out"),
     ]
     for wrong, sentence in refused:
         if wrong:
@@ -475,8 +487,14 @@ def read_inputs(args: argparse.Namespace, model: Model) -> tuple[Tensor | None, 
         return None, None
     size, channels = model.shape[1:], model.shape[0]
     picture = data.to_float(read_picture("--from", args.picture, size, channels))
-    mask = read_picture("--mask", args.mask, size, 1) if args.mask else None
-    return picture, None if mask is None else torch.where(mask >= 128, torch.nan, picture)
+    if not args.mask:
+        return picture, None
+    mask = read_picture("--mask", args.mask, size, 1)
+    sizes = [data.picture_size(path) for path in (args.mask, args.picture)]
+    if sizes[0] != sizes[1]:
+        raise InputError("--mask {} is {} x {} and --from {} is {} x {}; make them of one size".format(
+            args.mask, *sizes[0], args.picture, *sizes[1]))  # fmt: skip
+    return picture, torch.where(mask >= 128, torch.nan, picture)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -492,15 +510,14 @@ def run(args: argparse.Namespace) -> None:
     strength = args.strength or (0.6 if args.picture and not args.mask else 1.0)
     table = plan(args, model.schedule, strength)
     begin, known = read_inputs(args, model)
-    print(f"{path}: {config.image_size[1]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
+    steps = f"{len(table)} step" + "s" * (len(table) > 1)
+    print(f"{path}: {config.image_size[1]} px, {args.sampler}, {steps}, {device.type}, {model.precision}")
 
     seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
     if args.walk:
         seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
     jobs = [(label, seed) for label in classes for seed in seeds]
-    names = [("" if len(classes) == 1 else f"{class_name(config, label)}-") +
-             str(i % args.n if args.walk else seed) for i, (label, seed) in enumerate(jobs)]  # fmt: skip
-    facts = describe(args, model, table, strength, classes)
+    facts = describe(args, model, table, strength)
     every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
     drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
     size = EXACT_BATCH if args.exact else args.batch_size or 8
@@ -511,36 +528,44 @@ def run(args: argparse.Namespace) -> None:
         if args.film and not args.walk and i % every == 0 and i < len(table) - 1:
             film[i // every].append(data.to_uint8(x).cpu())
 
+    for path in (out, args.film) if args.film else (out,):  # before the work, not after it
+        with data.disk_errors(f"make the folder of {path}"):
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs) * len(table), unit="step", disable=None) as bar:
         for start in range(0, len(jobs), size):
             labels, part = zip(*jobs[start : start + size], strict=True)
             labels = None if labels[0] is None else labels
             drawn.append(draw(model, part, table, labels, **options, batch_size=size, exact=args.exact,
                               progress=progress))  # fmt: skip
-            for name, image in zip(names[start : start + size], drawn[-1], strict=True) if args.each else ():
-                own = {"seed": name.rpartition("-")[2]} if not args.walk else {"frame": name}
+            for i, image in enumerate(drawn[-1] if args.each else (), start):
+                name, own = describe_one(args, config, classes, i)
                 data.write_png(out / f"{name}.png", data.grid(image[None], padding=0, scale=args.scale), facts | own)
     images = torch.cat(drawn)
     picture = partial(data.grid, columns=args.n if len(classes) > 1 else None, scale=args.scale)
     if not args.each:
-        data.write_png(out, picture(images), facts | {"count": len(images)})
+        names = ",".join(class_name(config, label) for label in classes if label is not None)
+        own = {"count": len(images)} | ({"class": names} if names else {})
+        data.write_png(out, picture(images), facts | own)
     print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
     if args.film:
-        frames = list(images[:, None]) if args.walk else [*(torch.cat(frame) for frame in film), images]
+        frames = (
+            images.unflatten(0, (len(classes), -1)).transpose(0, 1)
+            if args.walk
+            else [*(torch.cat(frame) for frame in film), images]
+        )
         *frames, last = (picture(frame) for frame in frames)
         data.write_png(args.film, last, facts, frames)
         print(f"wrote {args.film}")
 
 
 def class_name(config: unet.UNetConfig, label: int) -> str:
-    """The class, fit for the name of a file."""
-    return re.sub(r"[^\w-]", "_", config.class_names[label]) if config.class_names else str(label)
+    return config.class_names[label] if label < len(config.class_names or ()) else str(label)
 
 
-def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: float, classes: list) -> dict:
+def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: float) -> dict:
     """What made a picture, for the text of its file."""
-    facts = {
-        "seed": args.seed or 0,
+    facts = {"seed": args.seed or 0} if not args.walk else {"walk": " ".join(map(str, args.walk))}
+    facts |= {
         "steps": len(table),
         "sampler": args.sampler,
         "spacing": args.spacing or "default",
@@ -549,12 +574,24 @@ def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: fl
         "precision": model.precision,
         "torch": torch.__version__,
     }
-    if args.classes is not None:
-        names = ",".join(class_name(model.network.config, label) for label in classes)
-        facts |= {"class": names, "guidance": args.guidance}
+    facts |= {"guidance": args.guidance} if args.classes is not None else {}
     if args.picture:
         facts |= {"from": args.picture, "strength": strength} | ({"mask": args.mask} if args.mask else {})
-    return facts | ({"walk": " ".join(map(str, args.walk))} if args.walk else {})
+    return facts
+
+
+def describe_one(args: argparse.Namespace, config: unet.UNetConfig, classes: list, i: int) -> tuple[str, dict]:
+    """The name of the file of image i, and what is true of this image alone."""
+    label, place = classes[i // args.n], i % args.n
+    own = {"frame": place} if args.walk else {"seed": (args.seed or 0) + place}
+    name = str(*own.values())
+    if label is None:
+        return name, own
+    if len(classes) > 1:
+        slugs = [re.sub(r"[^\w-]", "_", class_name(config, each)) for each in classes]
+        apart = len({slug.casefold() for slug in slugs}) == len(slugs)
+        name = f"{slugs[classes.index(label)] if apart else label}-{name}"
+    return name, own | {"class": class_name(config, label)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ SETTINGS = {
             "auto",
             str,
             "folder of images, parquet file, hub id, smithsonian, drawn, drawn:N, or auto: smithsonian where it is "
-            "cached or the hub answers, and drawn butterflies elsewhere",
+            "prepared already or the hub answers, and drawn butterflies elsewhere",
         ),
         "revision": (None, str, "commit or branch of a hub id"),
         "size": (32, whole(8, 1024), "side of the images in pixels"),
@@ -221,6 +221,8 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
     if settings["precision"] == "bf16" and device.type == "mps":
         raise InputError("--precision bf16 is not implemented for mps; choose fp32")
     settings["compile"] = device.type == "cuda" if settings["compile"] is None else settings["compile"]
+    if "label_dropout" in given and not settings["classes"] and not settings["init"]:
+        raise InputError("--label-dropout hides classes, which are learnt only with --classes; add it, or leave it out")
     if settings["init"] and (clash := sorted((NETWORK | SCHEDULE) & given.keys())):
         raise InputError(f"--{clash[0].replace('_', '-')} comes from the model that --init names; leave it out")
     return settings
@@ -646,10 +648,14 @@ def start_resumed(run: argparse.Namespace, given: dict) -> tuple[dict, dict]:
     return saved, checkpoint
 
 
-def adopt(settings: dict, size: int | None, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
+def adopt(settings: dict, given: dict, size: int | None, model: sample.Model) -> tuple[unet.UNetConfig, ddpm.Schedule]:
     """With --init: the network and schedule of a model, at the size asked for; settings follow the model."""
     config = model.network.config
     settings["size"] = size or config.image_size[0]
+    if config.null_label is None:
+        if given.get("label_dropout"):
+            raise InputError("--label-dropout: the model that --init names knows no hidden class; leave it out")
+        settings["label_dropout"] = 0.0
     settings["image_channels"], settings["classes"] = config.image_channels, bool(config.num_class_embeds)
     if settings["size"] % config.divisor:
         raise InputError(f"--size {settings['size']} must be a multiple of {config.divisor} for this model")
@@ -734,7 +740,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
     start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
     if start_model:
         size = given.get("size", base["settings"]["size"] if base else None)
-        config, schedule = adopt(settings, size, start_model)
+        config, schedule = adopt(settings, given, size, start_model)
     share = world * settings["accumulate"]
     if settings["batch_size"] % share:
         raise InputError(f"--batch-size {settings['batch_size']} must be a multiple of {share}: "

@@ -52,7 +52,7 @@ class UNetConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     patch_size: int = 1  # ours: pixels a side of a patch
-    class_names: tuple[str, ...] | None = None  # ours: of the classes in order; a label more stands for "no class"
+    class_names: tuple[str, ...] | None = None  # ours: in order; if there is one label more, it means "no class"
 
     # Each choice the network implements; anything else is refused by name rather than drawn wrongly.
     CHOICES = {
@@ -137,7 +137,7 @@ class UNetConfig:
     def null_label(self) -> int | None:
         """The label that stands for "no class", or None where the network was trained without one."""
         names = self.class_names
-        return len(names) if names is not None and len(names) < self.num_class_embeds else None
+        return len(names) if names and len(names) + 1 == self.num_class_embeds else None
 
     @property
     def image_channels(self) -> int:

@@ -936,33 +936,35 @@ def test_the_fingerprint_of_drawn_data_is_that_of_their_recipe(monkeypatch):
 
 
 def test_families_are_told_apart_on_unseen_specimens():
-    """A linear classifier on 16 px: softmax regression, 900 to learn from and 300 of later numbers to judge."""
-    pixels = torch.from_numpy(np.stack([data.draw_butterfly(0, i, 16) for i in range(1200)])).flatten(1) / 255
-    labels = torch.arange(1200) % len(data.FAMILIES)
-    mean, spread = pixels[:900].mean(0), pixels[:900].std(0) + 1e-3
+    """A linear classifier on 16 px: softmax regression, 600 to learn from and 210 of later numbers to judge."""
+    pixels = torch.from_numpy(np.stack([data.draw_butterfly(0, i, 16) for i in range(810)])).flatten(1) / 255
+    labels = torch.arange(810) % len(data.FAMILIES)
+    mean, spread = pixels[:600].mean(0), pixels[:600].std(0) + 1e-3
     torch.manual_seed(0)
     model = torch.nn.Linear(768, len(data.FAMILIES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     for _ in range(150):
-        loss = torch.nn.functional.cross_entropy(model((pixels[:900] - mean) / spread), labels[:900])
+        loss = torch.nn.functional.cross_entropy(model((pixels[:600] - mean) / spread), labels[:600])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    accuracy = (model((pixels[900:] - mean) / spread).argmax(1) == labels[900:]).float().mean()
-    assert accuracy >= 0.9, accuracy
+    accuracy = (model((pixels[600:] - mean) / spread).argmax(1) == labels[600:]).float().mean()
+    print(f"accuracy on unseen specimens: {accuracy:.3f}")
+    assert accuracy >= 0.9
 
 
 @pytest.mark.parametrize(
     "source", ["drawn:", "drawn:0", "drawn:1", "drawn:x", "drawn:-3", "drawn:5:", "drawn:5:6:7", "drawn:5.0"]
 )
 def test_drawn_data_that_are_none(source):
-    with pytest.raises(InputError, match=f"'{source}' is not drawn, drawn:N"):
+    with pytest.raises(InputError, match=f"'{source}': write drawn, drawn:N"):
         prepare(source)
 
 
-def test_drawn_data_have_no_revision():
-    with pytest.raises(InputError, match="revision 'abc' is for hub ids, and drawn:9 is none"):
-        prepare("drawn:9", revision="abc")
+@pytest.mark.parametrize("source", ["drawn:9", "auto"])
+def test_drawn_data_have_no_revision(source):
+    with pytest.raises(InputError, match=f"revision 'abc' is for hub ids, and {source} is none"):
+        prepare(source, revision="abc")
 
 
 def test_auto_without_the_hub_draws_and_says_so(monkeypatch, capsys):

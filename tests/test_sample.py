@@ -706,16 +706,17 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
     text = png_text(tmp_path / "drawn.png")
     assert (text["class"], text["guidance"], text["strength"], text["steps"]) == ("bee", "2.5", "0.5", "2")
     drawn(by_class, tmp_path, "--walk", "3", "9")
-    assert png_text(tmp_path / "drawn.png")["walk"] == "3 9"
+    text = png_text(tmp_path / "drawn.png")
+    assert text["walk"] == "3 9" and "seed" not in text
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--class", "dog"], "--class dog: this model has no such class; it has ant, bee, cat"),
-        (["--class", "ant,3"], "--class 3: this model has no such class"),
-        (["--class", ""], "--class : this model has no such class"),
-        (["--guidance", "2"], "--guidance exaggerates a class; choose one with --class"),
+        (["--class", "dog"], "--class 'dog': this model has no such class; it has ant, bee, cat"),
+        (["--class", "ant,3"], "--class '3': this model has no such class"),
+        (["--class", "ant,"], "--class '': this model has no such class"),
+        (["--guidance", "2"], "--guidance is towards a class; choose one with --class"),
         (["--guidance", "-1", "--class", "ant"], "'-1' is not a number from 0 to 1000"),
         (["--guidance", "nan", "--class", "ant"], "'nan' is not a number from 0 to 1000"),
         (["--strength", "0.5"], "--strength says how far to noise a picture; name it with --from"),
@@ -729,13 +730,21 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
         (["--walk", "1", "2", "-n", "1"], "--walk needs at least 2 images"),
         (["--walk", "1", "x"], "'x' is not a whole number of at least 0"),
         (["--film", "film.mp4"], "--film film.mp4: films are animated PNG or GIF files"),
-        (["--film", "x.png", "--out", "x.png"], "--film and --out name the same file"),
+        (["--film", "x.png", "--out", "./x.png"], "--out, --film: no two may name the same place"),
+        (["--film", "x/1.png", "--out", "x", "--each"], "--out, --film: no two may name the same place"),
+        (["--from", "p.png", "--out", "{png}"], "--out, --from: no two may name the same place"),
+        (["--from", "p.png", "--out", ".", "--each"], "--out, --from: no two may name the same place"),
+        (["--film", "folder.gif"], "--film folder.gif: films are animated PNG or GIF files"),
+        (["--film", "p.png/film.gif"], "cannot make the folder of p.png/film.gif: a file is where a folder is needed"),
+        (["--from", "{png}", "--mask", "large.png"], "--mask large.png is 20 x 16 and --from"),
     ],
 )
 def test_bad_values_of_the_new_flags(by_class, tmp_path, capsys, monkeypatch, flags, sentence):
     monkeypatch.chdir(tmp_path)
     picture_of(by_class, tmp_path / "p.png")
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder.gif").mkdir()
+    Image.new("L", (20, 16)).save(tmp_path / "large.png")
     flags = [flag.format(png=tmp_path / "p.png", text=tmp_path / "text.png") for flag in flags]
     before = sorted(tmp_path.iterdir())
     try:
@@ -748,4 +757,63 @@ def test_bad_values_of_the_new_flags(by_class, tmp_path, capsys, monkeypatch, fl
 def test_guidance_needs_a_model_with_a_null_label(tmp_path, capsys):
     old = make_model(tmp_path / "m", num_class_embeds=3, class_names=NAMES)
     assert sample.main(["--model", str(old), "--class", "ant", "--guidance", "2"]) == 2
-    assert "guidance needs a model that was trained with classes and with --label-dropout" in capsys.readouterr().err
+    assert "--guidance 2: this model was trained without hidden classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, count", [((), 3), (("a",), 3), (None, 3)], ids=str)
+def test_only_one_label_more_than_names_means_no_class(tmp_path, capsys, names, count):
+    old = str(make_model(tmp_path / "m", num_class_embeds=count, class_names=names))
+    assert sample.main(["--model", old]) == 2 and "this model draws by class" in capsys.readouterr().err
+    flags = ["--model", old, "--steps", "1", "-n", "1", "--out", str(tmp_path / "x.png"), "--class"]
+    assert sample.main([*flags, "2"]) == 0
+    assert sample.main([*flags, "3"]) == 2 and "--class '3': this model has no such class" in capsys.readouterr().err
+
+
+def test_files_of_classes_never_meet(tmp_path):
+    """Names that are one once a file may bear them, and classes named twice."""
+    path = str(make_model(tmp_path / "m", num_class_embeds=4, class_names=("a b", "a_b", "A_B")))
+    flags = ["--model", path, "--steps", "1", "-n", "2", "--each", "--out", str(tmp_path / "each")]
+    assert sample.main([*flags, "--class", "all"]) == 0
+    found = {file.name: png_text(file) for file in (tmp_path / "each").iterdir()}
+    assert sorted(found) == [f"{label}-{seed}.png" for label in range(3) for seed in range(2)]
+    for name, text in found.items():
+        label, seed = name.removesuffix(".png").split("-")
+        assert (text["class"], text["seed"]) == (("a b", "a_b", "A_B")[int(label)], seed)
+    shutil.rmtree(tmp_path / "each")
+    assert sample.main([*flags, "--class", "a_b, 1"]) == 0
+    assert sorted(file.name for file in (tmp_path / "each").iterdir()) == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("changes", [{"in_channels": 1, "out_channels": 1}, {"in_channels": 12, "out_channels": 12}])
+def test_masks_and_walks_of_grey_and_patches(tmp_path, changes):
+    patch = 2 if changes["in_channels"] == 12 else 1
+    path = make_model(tmp_path / "m", sample_size=16 // patch, patch_size=patch, **changes)
+    pixels = picture_of(path, tmp_path / "p.png")
+    Image.fromarray((np.arange(256).reshape(16, 16) % 16 // 8 * 255).astype(np.uint8)).save(tmp_path / "m.png")
+    flags = ["--from", str(tmp_path / "p.png"), "--mask", str(tmp_path / "m.png"), "--precision", "bf16"]
+    expected = pixels if patch == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
+    for image in drawn(path, tmp_path, *flags, "--sampler", "ddim", "--eta", "0.5", "--batch-size", "2", n=3):
+        assert np.array_equal(image[:, :8], expected[:, :8]) and not np.array_equal(image, expected)
+    walk = drawn(path, tmp_path, "--walk", "1", "2", n=3)
+    assert np.abs(stacked(walk[:1]) - stacked(drawn(path, tmp_path, "--seed", "1", n=1))).max() <= 1
+
+
+def test_the_film_of_walks_of_classes_is_a_row_of_them(by_class, tmp_path):
+    rows = drawn(by_class, tmp_path, "--walk", "1", "2", "--class", "all", "--film", str(tmp_path / "w.png"), n=4)
+    with Image.open(tmp_path / "w.png") as frames:
+        assert frames.n_frames == 4
+        frames.seek(1)
+        image = np.asarray(frames)
+    for k in range(3):
+        assert np.array_equal(image[2:18, 2 + k * 18 : 18 + k * 18], rows[4 * k + 1])
+
+
+def test_a_path_that_is_no_text(folder, tmp_path):
+    """Linux allows any bytes in a name; the picture's text takes them escaped."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.png")
+    try:
+        picture_of(folder, path)
+    except OSError:
+        pytest.skip("this system has no such names")
+    drawn(folder, tmp_path, "--from", path)
+    assert png_text(tmp_path / "drawn.png")["from"].endswith("bad\\udcff.png")

@@ -238,6 +238,20 @@ def test_two_processes_and_data_that_cannot_be_read(tmp_path):
     assert 'train.py", line' not in made.stderr and not (tmp_path / "run").exists()  # the launcher has its own
 
 
+def test_two_processes_take_what_auto_found(tmp_path):
+    """The first one asks and draws; the others are told. (The hub is a closed port.)"""
+    launched = command("--out", tmp_path / "run", "--steps", 1, *TINY, processes=2)
+    variables = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "*"}
+    code = "import sys, data, train; data.DRAWN_COUNT = 20; sys.exit(train.main(sys.argv[1:]))"
+    (tmp_path / "few.py").write_text(code)
+    launched[launched.index(next(part for part in launched if str(part).endswith("train.py")))] = tmp_path / "few.py"
+    variables["PYTHONPATH"] = str(Path(train.__file__).parent)
+    made = subprocess.run(launched, env=variables, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("data: DRAWN BUTTERFLIES") == 1
+    assert sample.read_json(tmp_path / "run/config.json")["settings"]["data"] == "drawn:20"
+
+
 def test_two_processes_stop_together_and_resume(tmp_path, shapes):
     flags = ["--data", shapes, "--steps", 4000, *TINY, *OFTEN, "--log-every", 1, "--out", tmp_path / "run"]
     running = subprocess.Popen(command(*flags, processes=2), env=environment(), start_new_session=True)
@@ -537,8 +551,21 @@ def test_auto_is_resolved_so_that_a_repeated_run_needs_no_network(tmp_path, monk
 
     monkeypatch.setattr(data, "_hub_answers", forbid)
     assert train.main(["--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
-    assert train.main(["--resume", str(tmp_path / "a"), "--steps", "4"]) == 0
-    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert train.main(["--resume", str(tmp_path / "a"), "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert train.main(["--out", str(tmp_path / "c"), "--revision", "main"]) == 2
+    assert error_of(capsys).startswith("revision 'main' is for hub ids, and auto is none")
+
+
+def test_hidden_classes_that_cannot_be(tmp_path, capsys, fit, trained):
+    flags = ["--label-dropout", "0.4", "--data", "drawn:20", "--out", str(tmp_path / "run"), "--steps", "1"]
+    assert train.main(flags) == 2
+    assert error_of(capsys).startswith("--label-dropout hides classes, which are learnt only with --classes")
+    assert train.main([*flags, "--init", str(trained)]) == 2
+    assert error_of(capsys).startswith("--label-dropout: the model that --init names knows no hidden class")
+    assert train.main(["--init", str(trained), *flags[2:]]) == 0
+    assert sample.read_json(tmp_path / "run/config.json")["settings"]["label_dropout"] == 0
 
 
 @pytest.mark.parametrize("channels", ["1", "3"])
