@@ -1,4 +1,4 @@
-# make demo    environment, a few minutes of training on drawn shapes, a picture: demo.png
+# make demo    environment, a few minutes of training on drawn butterflies, a picture: demo.png
 # make test    environment, all tests with coverage
 # make lint    style and format
 # make lines   lines of code, without comments, docstrings and blank lines
@@ -10,12 +10,13 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 
 .PHONY: demo test lint lines clean
 
+# A network of half of nano's width, for the few minutes that it has.
 demo: $(VENV)/run.done
 	rm -rf demo
-	$(BIN)/python -m tests.shapes demo/shapes 600
-	$(BIN)/python train.py --data demo/shapes --preset nano --steps 600 --warmup 50 --out demo/run \
-	    --eval-every 200 --preview-every 200 --save-every 200
-	$(BIN)/python sample.py --model demo/run -n 16 --out demo.png
+	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --channels 32,64,128 --attention "" --dropout 0 \
+	    --lr 2e-3 --warmup 100 --steps 1200 --eval-every 400 --preview-every 200 --save-every 400 --out demo/run
+	$(BIN)/python sample.py --model demo/run --class all --guidance 2 -n 8 --scale 3 --out demo.png
+	@echo "look at demo.png; go on with: $(BIN)/python sample.py --model demo/run --class monarch --film film.gif --scale 4"
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest --cov

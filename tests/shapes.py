@@ -1,7 +1,6 @@
-"""Simple coloured shapes on white, a folder a class: `python -m tests.shapes FOLDER [COUNT] [SIZE]`."""
+"""Simple coloured shapes on white, a folder a class."""
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,3 @@ def _draw(name: str, centre: np.ndarray, radius: float, colour: tuple[int, ...],
     image = Image.new("RGB", (scale, scale), "white")
     ImageDraw.Draw(image).polygon([tuple(point) for point in points.tolist()], fill=colour)
     return image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 4:
-        sys.exit("usage: python -m tests.shapes FOLDER [COUNT] [SIZE]")
-    make_shapes(sys.argv[1], *(int(word) for word in sys.argv[2:]))
