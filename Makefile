@@ -19,7 +19,7 @@ demo: $(VENV)/run.done
 	@echo "look at demo.png; go on with: $(BIN)/python sample.py --model demo/run --class monarch --film film.gif --scale 4"
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov --numprocesses auto
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

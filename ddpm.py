@@ -348,7 +348,9 @@ def unipc(schedule: Schedule, times: Sequence[int]) -> Tensor:
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "unipc": unipc}
-DEFAULT_SAMPLER, DEFAULT_STEPS = "unipc", 20
+# Of a network trained for three hours on photographs at 32 px, RMS levels from its draw of 200 steps, n = 12, after
+# 10, 20 and 30 steps: trailing 12.3, 3.2, 2.4; logsnr 21.3, 4.4, 2.4; linspace 18.6, 4.7, 3.5; dpm++ 15.6, 4.4, 3.5.
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_SPACING = "unipc", 20, "trailing"
 
 
 def plan(
@@ -359,7 +361,7 @@ def plan(
     eta: float = 0.0,
 ) -> Tensor:
     """The table of a named sampler. Without `steps` 20, or T for "ddpm"; without `spacing` the schedule's own for
-    "ddpm", "logsnr" for the others. ValueError, one sentence, for a name or number that does not exist."""
+    "ddpm", "trailing" for the others. ValueError, one sentence, for a name or number that does not exist."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not implemented; implemented: {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim" or not 0 <= eta <= 1:
@@ -367,7 +369,7 @@ def plan(
     ancestral = sampler == "ddpm"
     if steps is None:
         steps = schedule.num_train_timesteps if ancestral else min(DEFAULT_STEPS, schedule.num_train_timesteps)
-    times = timesteps(schedule, steps, spacing or (schedule.timestep_spacing if ancestral else "logsnr"))
+    times = timesteps(schedule, steps, spacing or (schedule.timestep_spacing if ancestral else DEFAULT_SPACING))
     return SAMPLERS[sampler](schedule, times, **({"eta": eta} if sampler == "ddim" else {}))
 
 

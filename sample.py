@@ -419,7 +419,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--spacing",
         choices=ddpm.SPACINGS,
-        help="which timesteps to visit (default logsnr; ddpm: as the model's scheduler_config.json says)",
+        help="which timesteps to visit (default trailing; ddpm: as the model's scheduler_config.json says)",
     )
     how.add_argument(
         "--eta", type=float, default=0.0, metavar="X", help="noise added by the sampler ddim, 0 to 1 (default 0)"

@@ -856,14 +856,15 @@ def test_noise_is_drawn_in_the_layout_of_the_inner_network(p):
 # ---- plan --------------------------------------------------------------------------------------------------
 
 
-def test_plan_follows_the_schedule_for_ddpm_and_logsnr_for_the_others():
+def test_plan_follows_the_schedule_for_ddpm_and_trailing_for_the_others():
     schedule = Schedule(50, timestep_spacing="trailing")
     assert ddpm.plan(schedule, "ddpm", 7)[:, 0].tolist() == ddpm.timesteps(schedule, 7, "trailing")
     assert ddpm.plan(schedule, "ddpm")[:, 0].tolist() == list(range(49, -1, -1))
-    assert ddpm.plan(schedule)[:, 0].tolist() == ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "logsnr")
+    plain = Schedule(50, timestep_spacing="leading")
+    assert ddpm.plan(plain)[:, 0].tolist() == ddpm.timesteps(plain, ddpm.DEFAULT_STEPS, "trailing")
     assert len(ddpm.plan(Schedule(5))) == 5
     assert ddpm.plan(schedule, "ddim", 7, "linspace")[:, 0].tolist() == ddpm.timesteps(schedule, 7, "linspace")
-    times = ddpm.timesteps(schedule, 20, "logsnr")
+    times = ddpm.timesteps(schedule, 20, "trailing")
     assert torch.equal(ddpm.plan(schedule), ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER](schedule, times))
     assert ddpm.plan(schedule).dtype == f64 and ddpm.plan(schedule).device.type == "cpu"
 
