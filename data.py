@@ -557,7 +557,7 @@ def _add_body(picture, x, y, pixel: float, colour: np.ndarray, length: float, re
 
 
 def find_source(source: str, revision: str | None = None) -> Source:
-    """What `source` names: a folder of images, parquet files, or a hub id. Raises InputError for all else."""
+    """What `source` names: a folder of images, parquet files, a hub id or drawn. Raises InputError for all else."""
     path = Path(os.path.expanduser(source))
     drawn = source.partition(":")[0] == "drawn"
     if revision and (drawn or source == "auto" or os.path.exists(path)):

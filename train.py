@@ -809,6 +809,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
                   "threads": torch.get_num_threads(),
                   "init_hash": start_model.hash if start_model else (base or {}).get("init_hash")}  # fmt: skip
         preset = run.preset or DEVICE_PRESETS[device.type]
+        preset += " with changes" * bool(SETTINGS["network"].keys() & given.keys())
         preset = "as before" if base else f"from {settings['init']}" if start_model else preset
         open_folder(folder, state, record, batches, describe(settings, preset, state, cost, world))
         if not saved:

@@ -60,6 +60,14 @@ def png_text(path) -> dict:
         return dict(image.text)
 
 
+def status_of(command, *arguments) -> int:
+    """The exit status of a command, whether it or argparse ends it."""
+    try:
+        return command(*arguments)
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def randomise(network: torch.nn.Module, seed: int = 0) -> None:
     """Gives every parameter a value, those that start at zero too: a zero hides what is multiplied by it."""
     generator = torch.Generator().manual_seed(seed)

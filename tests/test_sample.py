@@ -21,7 +21,7 @@ import data
 import ddpm
 import sample
 import unet
-from tests.conftest import png_text, randomise
+from tests.conftest import png_text, randomise, status_of
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
@@ -382,10 +382,7 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
 def test_bad_flags(tmp_path, capsys, monkeypatch, folder, flags, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
-    try:
-        status = sample.main(["--model", str(folder), "--steps", "2", *flags])
-    except SystemExit as stop:  # argparse
-        status = stop.code
+    status = status_of(sample.main, ["--model", str(folder), "--steps", "2", *flags])
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert status == 2 and len(errors) == 1 and sentence in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
@@ -747,10 +744,7 @@ def test_bad_values_of_the_new_flags(by_class, tmp_path, capsys, monkeypatch, fl
     Image.new("L", (20, 16)).save(tmp_path / "large.png")
     flags = [flag.format(png=tmp_path / "p.png", text=tmp_path / "text.png") for flag in flags]
     before = sorted(tmp_path.iterdir())
-    try:
-        status = sample.main(["--model", str(by_class), "--steps", "1", *flags])
-    except SystemExit as stopped:  # argparse
-        status = stopped.code
+    status = status_of(sample.main, ["--model", str(by_class), "--steps", "1", *flags])
     assert status == 2 and sentence in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
 
 

@@ -21,7 +21,7 @@ import ddpm
 import sample
 import train
 import unet
-from tests.conftest import OFTEN, TINY
+from tests.conftest import OFTEN, TINY, status_of
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -543,7 +543,8 @@ def test_auto_is_resolved_so_that_a_repeated_run_needs_no_network(tmp_path, monk
     monkeypatch.setattr(data, "DRAWN_COUNT", 40)
     assert train.DEFAULTS["data"] == "auto"
     assert train.main(["--out", str(tmp_path / "a"), "--steps", "2", *TINY]) == 0
-    assert capsys.readouterr().out.startswith("data: DRAWN BUTTERFLIES (--data auto), because ")
+    said = capsys.readouterr().out
+    assert said.startswith("data: DRAWN BUTTERFLIES (--data auto), because ") and "nano with changes: 16 px" in said
     assert sample.read_json(tmp_path / "a/config.json")["settings"]["data"] == "drawn:40"
 
     def forbid():
@@ -641,11 +642,7 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
 )
 def test_bad_flags(tmp_path, capsys, monkeypatch, fit, flags, sentence):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = fit(tmp_path / "run", *flags)
-    except SystemExit as stop:  # argparse
-        status = stop.code
-    assert status == 2 and sentence in error_of(capsys)
+    assert status_of(fit, tmp_path / "run", *flags) == 2 and sentence in error_of(capsys)
     assert not list(tmp_path.iterdir())
 
 
