@@ -404,6 +404,7 @@ MAY_IMPORT = {
     "unet": set(),
     "data": {"numpy", "PIL", "tqdm", "datasets", "torchvision"},
     "sample": {"ddpm", "unet", "data", "tqdm"},
+    "monitor": {"ddpm", "unet", "data", "sample", "tqdm"},
     "train": {"ddpm", "unet", "data", "sample", "monitor", "numpy", "PIL", "tqdm"},
 }
 
