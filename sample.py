@@ -181,7 +181,7 @@ def load(path: Path | str, device: torch.device | str = "cpu", precision: str = 
 def prepare(network: unet.UNet, device: torch.device, precision: str) -> None:
     """Makes a network ready to draw, in place; a prepared one is never saved."""
     network.to(device=device, dtype=PRECISIONS[precision], memory_format=torch.channels_last)
-    network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False).fuse()
 
 
 def newest_run(runs: Path = RUNS) -> Path:

@@ -10,6 +10,7 @@ Architecture: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", append
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -158,6 +159,7 @@ class UNetConfig:
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
+MEMO = 2000  # pairs of timestep and label that a prepared network remembers
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +187,8 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        emb = self.time_emb_proj(emb)[:, :, None, None]
+        """x (B, in, H, W) and what `time_emb_proj` made of the time embedding (B, out or 2 out) -> (B, out, H, W)."""
+        emb = emb[:, :, None, None]
         h = self.conv1(F.silu(self.norm1(x)))
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
@@ -211,13 +214,27 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
+        self.to_qkv = None
+
+    def fuse(self) -> None:
+        """Makes one product of the three that give q, k and v. For drawing: the files' names are gone."""
+        three = (self.to_q, self.to_k, self.to_v)
+        self.to_qkv = nn.Linear(self.to_q.in_features, 3 * self.to_q.in_features, device="meta")
+        for name in ("weight", "bias"):
+            fused = torch.cat([getattr(proj, name).detach() for proj in three])
+            setattr(self.to_qkv, name, nn.Parameter(fused, requires_grad=False))
+        del self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # (B, HW, C), free of copies when channels come last
         split = (batch, height * width, self.heads, channels // self.heads)
-        q, k, v = (proj(h).view(split).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v))
+        if self.to_qkv is None:
+            q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        else:
+            q, k, v = self.to_qkv(h).chunk(3, dim=2)
+        q, k, v = (part.view(split).transpose(1, 2) for part in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, head_dim)
         h = self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, HW, C)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
@@ -266,8 +283,8 @@ class MidBlock(nn.Module):
         attention = Attention(config, channels, groups, scale) if config.add_attention else nn.Identity()
         self.attentions = nn.ModuleList([attention])
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h, emb)), emb)
+    def forward(self, h: Tensor, embs: Iterator[Tensor]) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h, next(embs))), next(embs))
 
 
 class TimeEmbedding(nn.Module):
@@ -324,6 +341,38 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+        self.memo: dict | None = None
+
+    def fuse(self) -> None:
+        """Prepares for drawing, in place: q, k and v by one product, and on a CPU what is made of a timestep and a
+        label is kept. The network computes the same to rounding; its state is no longer that of a file."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse()
+        self.memo = {} if self.conv_in.weight.device.type == "cpu" else None  # to ask a GPU for t would wait for it
+
+    def embed(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """What each resnet is told of timesteps and labels (B,): (B, its channels) each, in order of use."""
+        config = self.config
+        emb = sinusoids(t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
+        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        if labels is not None:
+            emb = emb + self.class_embedding(labels)
+        emb = F.silu(emb)
+        blocks = [*self.down_blocks, *([self.mid_block] if self.mid_block else []), *self.up_blocks]
+        return [resnet.time_emb_proj(emb) for block in blocks for resnet in block.resnets]
+
+    def recall(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """`embed`, each pair of timestep and label computed once, and alone: its bits depend on no neighbour."""
+        keys = list(zip(t.tolist(), [None] * len(t) if labels is None else labels.tolist(), strict=True))
+        if len(self.memo) > MEMO:
+            self.memo.clear()
+        for i, key in enumerate(keys):
+            if key not in self.memo:
+                self.memo[key] = self.embed(t[i : i + 1], None if labels is None else labels[i : i + 1])
+        if len(set(keys)) == 1:
+            return self.memo[keys[0]]  # (1, channels) each, for the whole batch
+        return [torch.cat(rows) for rows in zip(*(self.memo[key] for key in keys), strict=True)]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), t (B,) timesteps, labels (B,) int64 -> prediction (B, C, H, W) in the network's dtype."""
@@ -334,26 +383,21 @@ class UNet(nn.Module):
         if config.center_input_sample:
             x = 2 * x - 1
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        emb = sinusoids(t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
-        emb = self.time_embedding(emb.to(dtype))
-        if labels is not None:
-            emb = emb + self.class_embedding(labels)
-        emb = F.silu(emb)  # each resnet projects SiLU(emb): once for all of them
-
+        embs = iter(self.embed(t, labels) if self.memo is None else self.recall(t, labels))
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for block in self.down_blocks:
             for resnet, attention in zip(block.resnets, block.attentions, strict=True):
-                h = attention(resnet(h, emb))
+                h = attention(resnet(h, next(embs)))
                 skips.append(h)
             if hasattr(block, "downsamplers"):
                 h = block.downsamplers[0](h)  # half the height and width
                 skips.append(h)
         if self.mid_block is not None:
-            h = self.mid_block(h, emb)
+            h = self.mid_block(h, embs)
         for block in self.up_blocks:
             for resnet, attention in zip(block.resnets, block.attentions, strict=True):
-                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), emb))
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), next(embs)))
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)  # twice the height and width
         h = self.conv_out(F.silu(self.conv_norm_out(h)))

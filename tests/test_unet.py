@@ -216,15 +216,15 @@ def test_flops_are_those_counted_in_a_real_pass_of_diffusers(name):
 def test_fresh_network_outputs_zero_and_its_residual_branches_are_the_identity():
     torch.manual_seed(0)
     network = UNet(tiny(num_class_embeds=3))
-    x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 32)
+    x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 16)
     with torch.no_grad():
         out = network(torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2]))
         assert torch.equal(out, torch.zeros_like(out))
-        assert torch.equal(network.mid_block(x, emb), x)
+        assert torch.equal(network.mid_block(x, iter([emb, emb])), x)
         assert torch.equal(network.down_blocks[1].attentions[0](x), x)
         assert torch.equal(network.down_blocks[1].resnets[1](x, emb), x)
     trained = randomised(network)
-    assert trained.mid_block(x, emb).sub(x).abs().max() > 0.1  # the identity was the zeros' doing
+    assert trained.mid_block(x, iter([emb, emb])).sub(x).abs().max() > 0.1  # the identity was the zeros' doing
 
 
 def test_dropout_acts_in_training_alone():
@@ -243,6 +243,30 @@ def test_bfloat16_is_near_float32():
         found = ours.bfloat16()(x, t, labels)
     assert found.dtype == torch.bfloat16
     assert 0 < error(found.float(), expected) < 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_for_drawing_is_that_of_diffusers(name):
+    """q, k and v by one product, embeddings remembered: asked twice, and for images of different timesteps."""
+    peer, ours, x, t, labels = pair(name)
+    ours.fuse()
+    with torch.no_grad():
+        for times in (t, t.flip(0), torch.tensor([37, 37, 37]), t):
+            expected, found = peer(x, times, labels).sample, ours(x, times, labels)
+            assert error(found, expected) < 1e-5
+    assert len(ours.memo) == (3 if labels is None else 7)  # the pairs that were asked for
+
+
+def test_what_is_remembered_does_not_depend_on_neighbours_and_has_a_bound(monkeypatch):
+    _, ours, x, _, _ = pair("butterfly")
+    alone = [ours.embed(torch.tensor([i]), None) for i in range(3)]
+    ours.fuse()
+    together = ours.recall(torch.tensor([0, 1, 2]), None)
+    assert all(torch.equal(part[i : i + 1], alone[i][k]) for k, part in enumerate(together) for i in range(3))
+    monkeypatch.setattr(unet, "MEMO", 5)
+    for i in range(40):
+        ours.recall(torch.tensor([i]), None)
+        assert len(ours.memo) <= 6
 
 
 def test_labels_are_needed_exactly_where_there_are_classes():
