@@ -143,9 +143,10 @@ def _parts(path: Path) -> tuple[Path, Path, Path]:
     return inner / "config.json", scheduler, found
 
 
-def load(path: Path | str, device: torch.device | str = "cpu", precision: str = "fp32") -> Model:
+def load(path: Path | str, device: torch.device | str = "cpu", precision: str = "fp32", *, fuse: bool = True) -> Model:
     """Reads a run's newest model, a model folder, or what diffusers wrote (flat folders and `.bin` included), checks
-    all of it, and prepares the network for drawing. InputError, one sentence, for whatever is wrong with it."""
+    all of it, and prepares the network for drawing; with `fuse` off its weights keep the names of the file. InputError,
+    one sentence, for whatever is wrong with it."""
     with data.disk_errors(f"read {path}"):
         config_file, schedule_file, weights_file = _parts(Path(path))
     digest = hashlib.sha256()
@@ -175,13 +176,15 @@ def load(path: Path | str, device: torch.device | str = "cpu", precision: str = 
         )
     device = torch.device(device)
     prepare(network, device, precision)
+    if fuse:
+        network.fuse()
     return Model(network, schedule, config_file.parent, digest.hexdigest(), device, precision)
 
 
 def prepare(network: unet.UNet, device: torch.device, precision: str) -> None:
     """Makes a network ready to draw, in place; a prepared one is never saved."""
     network.to(device=device, dtype=PRECISIONS[precision], memory_format=torch.channels_last)
-    network.eval().requires_grad_(False).fuse()
+    network.eval().requires_grad_(False)
 
 
 def newest_run(runs: Path = RUNS) -> Path:

@@ -75,7 +75,8 @@ SETTINGS = {
         "layers": (1, whole(1, 16), "resnets a level"),
         "head_dim": (32, whole(1, 4096), "channels of an attention head"),
         "patch_size": (1, whole(1, 16), "pixels a side that enter the network as one"),
-        "dropout": (0.1, real(0, 0.99), "share of activations dropped inside resnets"),
+        "groups": (8, whole(1, 65536), "groups of a group norm; at most as many as divide the channels"),
+        "dropout": (0.0, real(0, 0.99), "share of activations dropped inside resnets"),
     },
     "diffusion": {
         "prediction": ("v_prediction", ddpm.PREDICTIONS, "what the network predicts"),
@@ -93,10 +94,15 @@ SETTINGS = {
         "epochs": (None, whole(1, 10**6), "passes over the data, in place of --steps"),
         "batch_size": (16, whole(1, 65536), "images an update, over all processes"),
         "accumulate": (1, whole(1, 4096), "parts that a process cuts its share of the batch into, to save memory"),
-        "lr": (1e-3, real(0, 1000), "highest learning rate of AdamW"),
+        "optimizer": (
+            "muon",
+            ("muon", "adamw"),
+            "muon: orthogonalised updates of the inner convolutions and matrices, AdamW of the rest",
+        ),
+        "lr": (2e-3, real(0, 1000), "highest learning rate: the size of AdamW's updates, and of Muon's"),
         "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
-        "weight_decay": (0.01, real(0), "of AdamW"),
+        "weight_decay": (0.01, real(0), "share of the weights that is taken off a step, times the learning rate"),
         "clip": (1.0, real(1e-6), "bound on the gradient's norm"),
         "ema": (
             500_000,
@@ -123,15 +129,15 @@ DEFAULTS = {name: row[0] for group in SETTINGS.values() for name, row in group.i
 PRESETS = {
     "nano": {},
     "small": {"size": 64, "channels": [64, 128, 192, 256], "attention": [16, 8], "head_dim": 64, "batch_size": 32,
-              "lr": 5e-4, "warmup": 500, "steps": 30_000, "eval_every": 1000, "preview_every": 1000,
+              "warmup": 500, "steps": 30_000, "eval_every": 1000, "preview_every": 1000,
               "save_every": 1000},
     "base": {"size": 128, "channels": [64, 128, 256, 384], "attention": [16, 8], "layers": 2, "head_dim": 64,
-             "patch_size": 2, "batch_size": 64, "lr": 4e-4, "warmup": 1000, "steps": 60_000, "density_mean": -0.4,
+             "patch_size": 2, "batch_size": 64, "groups": 16, "warmup": 1000, "steps": 60_000, "density_mean": -0.4,
              "eval_every": 1000, "preview_every": 1000, "save_every": 1000},
     # The network and recipe of the diffusers butterfly tutorial.
     "classic": {"size": 128, "channels": [128, 128, 256, 256, 512, 512], "attention": [8], "layers": 2, "head_dim": 8,
-                "dropout": 0.0, "prediction": "epsilon", "density": "uniform", "batch_size": 16, "lr": 1e-4,
-                "warmup": 500, "epochs": 30, "ema": 0},
+                "groups": 32, "prediction": "epsilon", "density": "uniform", "batch_size": 16, "optimizer": "adamw",
+                "lr": 1e-4, "warmup": 500, "epochs": 30, "ema": 0},
 }  # fmt: skip
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
 RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # flags that may change when a run goes on
@@ -242,7 +248,7 @@ def design(settings: dict, classes: Sequence[str]) -> tuple[unet.UNetConfig, ddp
     if unknown := sorted(set(settings["attention"]) - set(sides)):
         raise InputError(f"--attention {unknown[0]}: the levels' sides are {', '.join(map(str, sides))}")
     down = tuple("AttnDownBlock2D" if side in settings["attention"] else "DownBlock2D" for side in sides)
-    groups = math.gcd(32, *widths)
+    groups = math.gcd(settings["groups"], *widths)
     channels = settings["image_channels"] * patch**2
     try:
         config = unet.UNetConfig(
@@ -549,6 +555,47 @@ def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, a
     return gflop, seconds
 
 
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(N, rows, columns) -> the same with all singular values near 1 (0.7 to 1.2): Newton-Schulz iterations of a
+    quintic, whose coefficients were chosen for speed (Jordan et al. 2024, "Muon")."""
+    x = matrices.bfloat16() if sample.has_bf16(matrices.device) else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = x.mT if x.shape[1] > x.shape[2] else x
+    for _ in range(steps):
+        square = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return (wide.mT if x.shape[1] > x.shape[2] else wide).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, for matrices and convolutions, these as (out, in x height x width).
+
+    An update has the root mean square of AdamW's, about 0.2 of the learning rate, so that one rate serves both (Liu et
+    al. 2025, "Muon is Scalable for LLM Training", eq. 4)."""
+
+    def __init__(self, parameters, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, held: Tensor) -> None:
+        """One update, or none at all where `held`, a boolean on the device, says so."""
+        (group,) = self.param_groups
+        by_shape: dict = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():  # those of one shape together: fewer and larger products
+            gradients = torch.stack([parameter.grad.flatten(1) for parameter in parameters])
+            kept = self.state[parameters[0]]
+            before = kept.setdefault("momentum", torch.zeros_like(gradients))
+            momentum = torch.where(held, before, before.lerp(gradients, 1 - group["momentum"]))
+            update = orthogonalise(gradients.lerp(momentum, group["momentum"]))
+            size = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
+            kept["momentum"] = momentum
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * ~held)
+            update = torch.where(held, 0.0, -size * update).unflatten(2, shape[1:])
+            torch._foreach_add_(parameters, list(update.unbind()))
+
+
 class State:
     """All that changes while a run goes on, and that a resumed run needs beside its seed."""
 
@@ -556,38 +603,49 @@ class State:
         self.step, self.best = 0, math.inf  # updates made; lowest held-out loss
         self.network = network
         self.ema = copy.deepcopy(network).eval().requires_grad_(False)
-        decay = settings["weight_decay"]
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], weight_decay=decay, fused=True)
+        options = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+        rest, inner = [], []
+        for name, parameter in network.named_parameters():
+            orthogonal = settings["optimizer"] == "muon" and "_block" in name and parameter.ndim > 1
+            (inner if orthogonal else rest).append(parameter)
+        self.adamw = torch.optim.AdamW(rest, fused=True, **options)
+        self.muon = Muon(inner, **options) if inner else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.sums = torch.zeros(4, device=device)  # since the last line of metrics: loss, norm, steps, overflows
         self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
 
+    def parts(self) -> list[str]:
+        return ["network", "ema", "adamw", "scaler"] + ["muon"] * (self.muon is not None)
+
     def state_dict(self) -> dict:
-        parts = {name: getattr(self, name).state_dict() for name in ("network", "ema", "optimizer", "scaler")}
+        parts = {name: getattr(self, name).state_dict() for name in self.parts()}
         return parts | {"step": self.step, "best": self.best, "sums": self.sums}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name in ("network", "ema", "optimizer", "scaler"):
+        for name in self.parts():
             getattr(self, name).load_state_dict(saved[name])
         self.step, self.best = saved["step"], saved["best"]
         self.sums.copy_(saved["sums"])
 
     @torch.no_grad()
     def update(self, loss: Tensor, settings: dict) -> None:
-        """One step of AdamW and of the average. Where the loss or the gradient is not finite neither moves, then or
-        ever after, by a flag on the device that nothing waits for. An fp16 scaler's overflows skip one step only."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, self.step)
-        self.scaler.unscale_(self.optimizer)
+        """One step of the optimizers and the average. Where loss or gradient are not finite nothing moves, then or ever
+        after, by a flag on the device that nothing waits for. An fp16 scaler's overflows skip one step only."""
+        optimizers = [self.adamw] + [self.muon] * (self.muon is not None)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, self.step)
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
         overflow = loss.isfinite() & ~norm.isfinite() & self.scaler.is_enabled()
         bad = ~(loss.isfinite() & norm.isfinite()) & ~overflow
         self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
         held = (self.first_bad >= 0) | overflow
-        self.optimizer.found_inf = held.float()  # fused AdamW leaves weights, moments and step count alone
-        self.optimizer.step()  # not through the scaler, which knows overflows only; gradients are unscaled already
+        self.adamw.found_inf = held.float()  # fused AdamW leaves weights, moments and step count alone
+        self.adamw.step()  # not through the scaler, which knows overflows only; gradients are unscaled already
+        if self.muon:
+            self.muon.step(held)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         averages = list(self.ema.parameters())
         differences = torch._foreach_sub(list(self.network.parameters()), averages)
         torch._foreach_mul_(differences, ema_weight(settings, self.step) * ~held)
@@ -740,7 +798,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
 
     # -- settings and data
     settings = saved["settings"] if saved else resolve(run, given, base, device)
-    start_model = sample.load(settings["init"]) if settings["init"] and not saved else None
+    start_model = sample.load(settings["init"], fuse=False) if settings["init"] and not saved else None
     if start_model:
         size = given.get("size", base["settings"]["size"] if base else None)
         config, schedule = adopt(settings, given, size, start_model)

@@ -222,7 +222,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path, shapes):
         assert len(other) == len(one) == 4
         for a, b in zip(one, other, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
-    states = [train.load_checkpoint(tmp_path / name)["optimizer"]["state"] for name in ("one", "two", "parts")]
+    states = [train.load_checkpoint(tmp_path / name)["adamw"]["state"] for name in ("one", "two", "parts")]
     for i, moments in states[0].items():  # the mean of the gradients so far
         scale = moments["exp_avg"].abs().max()
         for other in states[1:]:
@@ -960,3 +960,68 @@ def test_config_repeats_only_what_it_had(tmp_path, capsys, fit):
 def test_density_without_a_timestep(tmp_path, capsys, fit):
     assert fit(tmp_path / "run", "--density-mean", "20", "--density-std", "0.01") == 2
     assert "no timestep has noise near" in error_of(capsys) and not (tmp_path / "run").exists()
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows,columns", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonalise_keeps_directions_and_evens_sizes(rows, columns):
+    """Against the singular value decomposition, whose U V^T is what is approached."""
+    x = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
+    found = train.orthogonalise(x)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ found @ vh.mT
+    sizes = inner.diagonal(dim1=1, dim2=2)
+    assert sizes.min() > 0.5 and sizes.max() < 1.3
+    assert (inner - torch.diag_embed(sizes)).abs().max() < 0.05
+
+
+def test_muon_is_that_of_pytorch_on_matrices():
+    """torch.optim.Muon takes matrices only; a convolution is compared as the matrix that it is."""
+    shapes = [(24, 10), (24, 10), (8, 30), (8, 6, 3, 3)]
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    ours = [value.clone().requires_grad_() for value in start]
+    peers = [value.clone().flatten(1).requires_grad_() for value in start]
+    muon = train.Muon(ours, lr=0.02, weight_decay=0.1)
+    peer = torch.optim.Muon(peers, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, peers, strict=True)):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            b.grad = a.grad.flatten(1).clone()
+        muon.step(torch.tensor(False))
+        peer.step()
+    for a, b, value in zip(ours, peers, start, strict=True):
+        moved = b - value.flatten(1)
+        assert moved.abs().mean() > 0.005
+        assert (a.flatten(1) - b).abs().max() < 0.05 * moved.abs().max()
+
+
+def test_muon_that_is_held_moves_nothing_then_and_later_goes_on_as_if_nothing_had_been():
+    def run(disturbed: bool) -> torch.Tensor:
+        weight = torch.ones(4, 6, requires_grad=True)
+        muon = train.Muon([weight], lr=0.1, weight_decay=0.1)
+        for step in range(3):
+            if disturbed:
+                before = weight.detach().clone()
+                weight.grad = torch.full((4, 6), torch.nan)
+                muon.step(torch.tensor(True))
+                assert torch.equal(weight, before)
+            weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            muon.step(torch.tensor(False))
+        return weight.detach()
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_who_is_updated_by_whom(shapes):
+    settings = train.DEFAULTS | {"channels": [16, 32], "attention": [8], "size": 16, "head_dim": 16}
+    network = unet.UNet(train.design(settings, ())[0])
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    state = train.State(network, settings, torch.device("cpu"))
+    by = {key: [names[id(p)] for p in getattr(state, key).param_groups[0]["params"]] for key in ("adamw", "muon")}
+    assert sorted(by["adamw"] + by["muon"]) == sorted(names.values())
+    assert "conv_in.weight" in by["adamw"] and "conv_out.weight" in by["adamw"]
+    assert "mid_block.resnets.0.norm1.weight" in by["adamw"] and "time_embedding.linear_1.weight" in by["adamw"]
+    assert "mid_block.attentions.0.to_q.weight" in by["muon"] and "down_blocks.0.resnets.0.conv1.weight" in by["muon"]
+    assert train.State(network, settings | {"optimizer": "adamw"}, torch.device("cpu")).muon is None
