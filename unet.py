@@ -453,15 +453,15 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
             offset = end
         if 8 + length + offset != size:
             raise ValueError(f"is damaged: {8 + length + offset} bytes expected, {size} found")
-        data = bytearray(offset)
-        file.readinto(data)
-    tensors = {}
-    for name, (dtype, shape, begin, end) in header.items():
-        # A slice of a bytearray is a copy, aligned whatever the header's length was.
-        values = torch.frombuffer(data[begin:end], dtype=dtype) if end > begin else torch.empty(0, dtype=dtype)
-        if not values.isfinite().all():
-            raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
-        tensors[name] = values.reshape(shape)
+        tensors = {}
+        for name, (dtype, shape, begin, end) in header.items():
+            values = torch.empty(math.prod(shape), dtype=dtype)  # read in place: the file is never in memory twice
+            file.seek(8 + length + begin)
+            if file.readinto(values.view(torch.uint8).numpy()) != end - begin:
+                raise ValueError(f"is truncated: it ends inside of tensor {name[:80]!r}")
+            if not values.isfinite().all():
+                raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
+            tensors[name] = values.reshape(shape)
     return tensors
 
 

@@ -493,6 +493,29 @@ def test_multistep_solvers_are_those_of_diffusers(kind, spacing, prediction, exa
                 assert error(states[i][:, 0], x) < (EXACT if exact else STOCK), (steps, i)
 
 
+def test_ipndm_is_adams_bashforth():
+    """Written out in x/alpha and sigma/alpha, for a network that predicts eps and where nothing is clipped."""
+    schedule = Schedule(1000, clip_sample=False)
+    times = ddpm.timesteps(schedule, 9, "trailing")
+    x, outputs = randn(2, *SHAPE), [randn(2, *SHAPE, seed=10 + i) for i in range(9)]
+    states = run(ddpm.ipndm(schedule, times), x, outputs)
+    ratio = [float(schedule.sigma[t] / schedule.alpha[t]) for t in times] + [0.0]
+    alphas = [float(schedule.alpha[t]) for t in times] + [1.0]
+    y = x / alphas[0]
+    for i in range(9):
+        h, d = ratio[i + 1] - ratio[i], outputs[i::-1]
+        if i in (0, 8):
+            slope = d[0]
+        elif i == 1:
+            slope = (3 * d[0] - d[1]) / 2
+        elif i == 2:
+            slope = (23 * d[0] - 16 * d[1] + 5 * d[2]) / 12
+        else:
+            slope = (55 * d[0] - 59 * d[1] + 37 * d[2] - 9 * d[3]) / 24
+        y = y + h * slope
+        assert error(states[i][:, 0], y * alphas[i + 1]) < EXACT, i
+
+
 # ---- closed forms and oracles ------------------------------------------------------------------------------
 
 
@@ -631,10 +654,12 @@ def exact_solution(x, start, end, steps=2000):
     return y * paths(end)[1]
 
 
-@pytest.mark.parametrize(("sampler", "least", "most"), [("ddim", 0.9, 1.1), ("dpm++", 1.85, 2.2), ("unipc", 2.7, 3.4)])
+@pytest.mark.parametrize(
+    ("sampler", "least", "most"), [("ddim", 0.9, 1.1), ("dpm++", 1.85, 2.2), ("unipc", 2.7, 3.4), ("ipndm", 1.7, 2.4)]
+)
 def test_order_of_convergence(sampler, least, most):
     """Error against step size between two interior noise levels. UniPC's corrector raises order 2 to order 3
-    (Zhao et al. 2023, theorem 3.1)."""
+    (Zhao et al. 2023, theorem 3.1). Of iPNDM, the first step's order 1 and unequal steps leave order 2."""
     x = torch.linspace(-2.5, 2.5, 40, dtype=f64).view(1, 1, 5, 8)
     lam = (FINE.alpha / FINE.sigma).log()
     expected = exact_solution(x, float(lam[HIGH]), float(lam[LOW]))
@@ -671,6 +696,7 @@ JOBS = [
     ("dpm++", 8, "logsnr", 0.0),
     ("unipc", 3, "logsnr", 0.0),
     ("unipc", 10, "trailing", 0.0),
+    ("ipndm", 9, "trailing", 0.0),
 ]
 
 
@@ -744,7 +770,7 @@ def test_an_image_depends_on_its_own_generator_alone(job):
 
 
 def test_a_deterministic_sampler_takes_nothing_but_x_from_a_generator():
-    for sampler in ("ddim", "dpm++", "unipc"):
+    for sampler in ("ddim", "dpm++", "unipc", "ipndm"):
         generator = generators(1)
         ddpm.draw(elementwise, ddpm.plan(Schedule(), sampler, 4), noise_from(generator, ODD))
         fresh = generators(1)
