@@ -342,6 +342,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    sample.set_threads()
     return data.exit_status(lambda: args.work(args))
 
 

@@ -941,6 +941,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     run, given = parse_arguments(argv)
+    sample.set_threads()
     status = 0
 
     def work():

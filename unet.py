@@ -378,12 +378,15 @@ class UNet(nn.Module):
         """x (B, C, H, W), t (B,) timesteps, labels (B,) int64 -> prediction (B, C, H, W) in the network's dtype."""
         if (labels is None) != (self.class_embedding is None):
             raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
-        config, dtype = self.config, self.conv_in.weight.dtype
-        x = x.to(dtype)
+        return self.body(x, self.embed(t, labels) if self.memo is None else self.recall(t, labels))
+
+    def body(self, x: Tensor, embs: list[Tensor]) -> Tensor:
+        """All but the embeddings: x (B, C, H, W) and what `embed` returned -> prediction (B, C, H, W)."""
+        config, embs = self.config, iter(embs)
+        x = x.to(self.conv_in.weight.dtype)
         if config.center_input_sample:
             x = 2 * x - 1
         x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        embs = iter(self.embed(t, labels) if self.memo is None else self.recall(t, labels))
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for block in self.down_blocks:

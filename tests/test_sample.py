@@ -83,7 +83,7 @@ def test_diffusers_opens_ours_and_draws_the_same(tmp_path, spacing, variance, pr
     assert dict(pipeline.scheduler.config)["timestep_spacing"] == spacing
     ours = sample.load(path)
     for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(tensor, ours.network.state_dict()[name])
+        assert torch.equal(tensor, sample.load(path, fuse=False).network.state_dict()[name])
     drawn = sample.draw(ours, [5, 6, 7], ddpm.plan(ours.schedule, "ddpm", 10), batch_size=2)
     assert_close(drawn, pipeline_uint8(pipeline, [5, 6, 7], 10))
 
@@ -812,3 +812,48 @@ def test_a_path_that_is_no_text(folder, tmp_path):
         pytest.skip("this system has no such names")
     drawn(folder, tmp_path, "--from", path)
     assert png_text(tmp_path / "drawn.png")["from"].endswith("bad\\udcff.png")
+
+
+# ---- threads, compilation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("nonsense", 4)],
+)
+def test_threads_follow_a_containers_share(text, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        sample.set_threads(tmp_path / "cpu.max")
+        sample.set_threads(tmp_path / "missing")
+        assert torch.get_num_threads() == expected
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(4)
+        sample.set_threads(tmp_path / "cpu.max")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    one_level = {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",)}
+    model = sample.load(make_model(tmp_path / "m", **one_level, up_block_types=("AttnUpBlock2D",)))
+    table = ddpm.plan(model.schedule, steps=6)
+    eager = sample.draw(model, range(3), table).int()
+    sample.compile_for_drawing(model.network)
+    compiled = sample.draw(model, range(3), table).int()
+    assert any((tmp_path / "compiled").rglob("*.so"))  # it was compiled, and kept
+    assert (eager - compiled).abs().max() <= 1 and eager.float().std() > 20
+
+
+def test_compile_is_asked_for_by_a_flag(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "compile_for_drawing", asked.append)
+    flags = ["--model", str(folder), "--steps", "2", "-n", "1", "--out", str(tmp_path / "x.png")]
+    assert sample.main(flags) == 0 and not asked
+    assert sample.main([*flags, "--compile"]) == 0 and isinstance(asked[0], unet.UNet)
