@@ -27,6 +27,7 @@ import unet
 from data import InputError
 
 RUNS = Path("runs")
+BOX = Path(__file__).parent / "weights/butterflies"  # a trained model that comes with the code
 WEIGHTS = "diffusion_pytorch_model"
 DIFFUSERS_VERSION = "0.40.0"  # whose file layout is written
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -206,13 +207,16 @@ def prepare(network: unet.UNet, device: torch.device, precision: str) -> None:
 
 
 def newest_run(runs: Path = RUNS) -> Path:
-    """The run whose model was written last. InputError, with the remedy, where there is none."""
+    """The run whose model was written last, or the model in the box where there is none. InputError, with the remedy,
+    where neither is there."""
     models = list(runs.glob(f"*/model/unet/{WEIGHTS}.safetensors"))
-    if not models:
-        raise InputError(
-            f"there is no model in {runs}/ yet: train one with `python train.py`, or name a model folder with --model"
-        )
-    return max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
+    if models:
+        return max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
+    if BOX.is_dir():
+        return BOX
+    raise InputError(
+        f"there is no model in {runs}/ yet: train one with `python train.py`, or name a model folder with --model"
+    )
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -367,7 +371,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "-n", type=whole_number(1, 1_000_000), default=8, metavar="N", help="number of images (default 8)"
     )
     what.add_argument(
-        "--model", metavar="FOLDER", help="a run, a model folder or a diffusers folder (default: the newest run)"
+        "--model",
+        metavar="FOLDER",
+        help="a run, a model folder or a diffusers folder (default: the newest run, or the model in the box)",
     )
     what.add_argument(
         "--class",

@@ -331,8 +331,11 @@ def test_each_file_is_named_by_its_seed(tmp_path, folder):
 
 def test_newest_run_is_the_default(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "BOX", tmp_path / "box")
     assert sample.main([]) == 2
     assert "train one with `python train.py" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    shutil.copytree(folder, tmp_path / "box")
+    assert sample.newest_run() == tmp_path / "box"  # the model in the box, until there is a run
     for name, age in (("old", 200), ("new", 100), ("middle", 150)):
         shutil.copytree(folder, tmp_path / "runs" / name / "model")
         moment = (tmp_path / "runs" / name / "model" / WEIGHTS).stat().st_mtime - age

@@ -1,0 +1,21 @@
+"""Makes the model in the box from a run: its averaged weights in half precision, in a model folder.
+
+python -m weights.export runs/box
+"""
+
+import sys
+from pathlib import Path
+
+import data
+import sample
+
+
+def main(run: str) -> None:
+    model = sample.load(run, fuse=False)
+    sample.save_model(sample.BOX, model.network.half(), model.schedule)
+    size = sum(file.stat().st_size for file in Path(sample.BOX).rglob("*") if file.is_file())
+    print(f"wrote {sample.BOX}: {size / 1e6:.1f} MB, {sample.load(sample.BOX).hash}")
+
+
+if __name__ == "__main__":
+    sys.exit(data.exit_status(lambda: main(sys.argv[1])))
