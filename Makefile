@@ -13,8 +13,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 # A network of half of nano's width, for the few minutes that it has.
 demo: $(VENV)/run.done
 	rm -rf demo
-	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --channels 32,64,128 --attention "" --dropout 0 \
-	    --lr 2e-3 --warmup 100 --steps 1200 --eval-every 400 --preview-every 200 --save-every 400 --out demo/run
+	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --channels 32,64,128 --attention "" \
+	    --warmup 50 --steps 1000 --eval-every 500 --preview-every 250 --save-every 500 --out demo/run
 	$(BIN)/python sample.py --model demo/run --class all --guidance 2 -n 8 --scale 3 --out demo.png
 	@echo "look at demo.png; go on with: $(BIN)/python sample.py --model demo/run --class monarch --film film.gif --scale 4"
 

@@ -229,8 +229,8 @@ def draw(model: sample.Model, seed: int, count: int, real: Images) -> Tensor:
     """`count` images as sample.py draws them when nothing is said; of a model with classes, these as often as the real
     images have them, or equally often where those have others."""
     config, labels = model.network.config, None
-    if config.num_class_embeds is not None:
-        known = real.labels if real.classes == config.class_names else torch.arange(len(config.class_names))
+    if config.class_count:
+        known = real.labels if real.classes == config.class_names else torch.arange(config.class_count)
         labels = known[torch.randint(len(known), (count,), generator=data.generator("classes", seed))].tolist()
     table, drawn = ddpm.plan(model.schedule), []
     for start in tqdm(range(0, count, 32), desc="drawing", unit="batch", disable=None):

@@ -298,18 +298,13 @@ def draw(
     return torch.cat(drawn)
 
 
-def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int | None]:
-    """The labels that --class asks for: names or numbers with commas between, or all. Without it, [None] where the
-    model draws without a class. InputError where it cannot, has no classes or has no such one."""
-    names, count = list(config.class_names or ()), config.num_class_embeds
-    if count is None and text is not None:
+def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int]:
+    """The labels that --class asks for: names or numbers with commas between, or all. InputError where the model has no
+    classes or no such one."""
+    names, count = list(config.class_names or ()), config.class_count
+    if not count:
         raise InputError(f"--class {text}: this model was trained without classes (train.py --classes)")
-    if text is None and (count is None or config.null_label is not None):
-        return [None]
-    count = count if config.null_label is None else config.null_label
     known = ", ".join(names) if names else f"0 to {count - 1}"
-    if text is None:
-        raise InputError(f"this model draws by class: choose one with --class ({known}), or all")
     if text == "all" and text not in names:
         return list(range(count))
 
@@ -322,6 +317,21 @@ def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int | None
 
     parts = [text] if text in names else [part.strip() for part in text.split(",")]
     return list(dict.fromkeys(choose(part) for part in parts))  # each once
+
+
+def choose_jobs(args: argparse.Namespace, config: unet.UNetConfig) -> list[tuple[int | None, int | tuple]]:
+    """(label, seed) of each image: a row of images for each class of --class. Without it the classes in turn, by the
+    seed, a walk in that of its first seed; and no class where there is none, or where a picture's is not known."""
+    seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
+    if args.walk:
+        seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
+    if args.classes is not None:
+        return [(label, seed) for label in choose_classes(config, args.classes) for seed in seeds]
+    if args.picture and config.class_count and config.null_label is None:
+        raise InputError("this model draws by class: say with --class which one the picture is of")
+    if args.picture or not config.class_count:
+        return [(None, seed) for seed in seeds]
+    return [((seed[0] if args.walk else seed) % config.class_count, seed) for seed in seeds]
 
 
 def read_picture(flag: str, path: Path, size: tuple[int, int], channels: int) -> Tensor:
@@ -379,7 +389,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--class",
         dest="classes",
         metavar="NAMES",
-        help="draw these classes, a row of n images each: names or numbers with commas between, or all",
+        help="draw these classes, a row of n images each: names or numbers with commas between, or all (default: the "
+        "classes in turn; of a picture, none)",
     )
     what.add_argument(
         "--guidance",
@@ -483,7 +494,10 @@ def check(args: argparse.Namespace, out: Path) -> None:
         (args.mask and not args.picture, "--mask fills a part of a picture; name it with --from"),
         (args.walk and args.seed is not None, "--walk names its own two seeds; leave --seed out"),
         (args.walk and args.n < 2, "--walk needs at least 2 images, its ends; ask for more with -n"),
-        (args.guidance != 1 and args.classes is None, "--guidance is towards a class; choose one with --class"),
+        (
+            args.guidance != 1 and args.picture and args.classes is None,
+            "--guidance is towards a class; say with --class which one the picture is of",
+        ),
         (
             args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir()),
             f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif",
@@ -540,17 +554,14 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         compile_for_drawing(model.network)
     config = model.network.config
-    classes = choose_classes(config, args.classes)
+    jobs = choose_jobs(args, config)
+    rows = len(jobs) // args.n
     strength = args.strength or (0.6 if args.picture and not args.mask else 1.0)
     table = plan(args, model.schedule, strength)
     begin, known = read_inputs(args, model)
     steps = f"{len(table)} step" + "s" * (len(table) > 1)
     print(f"{path}: {config.image_size[1]} px, {args.sampler}, {steps}, {device.type}, {model.precision}")
 
-    seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
-    if args.walk:
-        seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
-    jobs = [(label, seed) for label in classes for seed in seeds]
     facts = describe(args, model, table, strength)
     every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
     drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
@@ -572,18 +583,19 @@ def run(args: argparse.Namespace) -> None:
             drawn.append(draw(model, part, table, labels, **options, batch_size=size, exact=args.exact,
                               progress=progress))  # fmt: skip
             for i, image in enumerate(drawn[-1] if args.each else (), start):
-                name, own = describe_one(args, config, classes, i)
+                name, own = describe_one(args, config, jobs, i)
                 data.write_png(out / f"{name}.png", data.grid(image[None], padding=0, scale=args.scale), facts | own)
     images = torch.cat(drawn)
-    picture = partial(data.grid, columns=args.n if len(classes) > 1 else None, scale=args.scale)
+    picture = partial(data.grid, columns=args.n if rows > 1 else None, scale=args.scale)
     if not args.each:
-        names = ",".join(class_name(config, label) for label in classes if label is not None)
+        labels = dict.fromkeys(label for label, _ in jobs if label is not None)
+        names = ",".join(class_name(config, label) for label in labels)
         own = {"count": len(images)} | ({"class": names} if names else {})
         data.write_png(out, picture(images), facts | own)
     print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
     if args.film:
         frames = (
-            images.unflatten(0, (len(classes), -1)).transpose(0, 1)
+            images.unflatten(0, (rows, -1)).transpose(0, 1)
             if args.walk
             else [*(torch.cat(frame) for frame in film), images]
         )
@@ -614,17 +626,18 @@ def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: fl
     return facts
 
 
-def describe_one(args: argparse.Namespace, config: unet.UNetConfig, classes: list, i: int) -> tuple[str, dict]:
+def describe_one(args: argparse.Namespace, config: unet.UNetConfig, jobs: list, i: int) -> tuple[str, dict]:
     """The name of the file of image i, and what is true of this image alone."""
-    label, place = classes[i // args.n], i % args.n
+    label, place = jobs[i][0], i % args.n
     own = {"frame": place} if args.walk else {"seed": (args.seed or 0) + place}
     name = str(*own.values())
     if label is None:
         return name, own
-    if len(classes) > 1:
-        slugs = [re.sub(r"[^\w-]", "_", class_name(config, each)) for each in classes]
+    if len(jobs) > args.n:
+        rows = [row for row, _ in jobs[:: args.n]]
+        slugs = [re.sub(r"[^\w-]", "_", class_name(config, row)) for row in rows]
         apart = len({slug.casefold() for slug in slugs}) == len(slugs)
-        name = f"{slugs[classes.index(label)] if apart else label}-{name}"
+        name = f"{slugs[rows.index(label)] if apart else label}-{name}"
     return name, own | {"class": class_name(config, label)}
 
 

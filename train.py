@@ -492,8 +492,7 @@ def preview(network: unet.UNet, schedule: ddpm.Schedule, device: torch.device, a
     config = network.config
     count = 16 if max(config.image_size) <= 64 else 4
     shape = (config.image_channels, *config.image_size)
-    classes = len(config.class_names or ()) or config.num_class_embeds
-    labels = torch.arange(count, device=device) % classes if classes else None
+    labels = torch.arange(count, device=device) % config.class_count if config.class_count else None
     with autocast():
         images = ddpm.draw(
             network,

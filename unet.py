@@ -141,6 +141,11 @@ class UNetConfig:
         return len(names) if names and len(names) + 1 == self.num_class_embeds else None
 
     @property
+    def class_count(self) -> int:
+        """Classes to choose from, "no class" not among them; 0 for a network without classes."""
+        return (self.num_class_embeds or 0) - (self.null_label is not None)
+
+    @property
     def image_channels(self) -> int:
         return self.in_channels // self.patch_size**2
 

@@ -545,7 +545,7 @@ def test_ancestral_row_is_the_posterior_of_gaussians(times):
 
 def test_ddim_with_eta_1_is_ancestral_sampling():
     schedule = Schedule(1000)
-    times = ddpm.timesteps(schedule, 20, "trailing")
+    times = ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "trailing")
     assert (ddpm.ddim(schedule, times, 1.0) - ddpm.ddpm(schedule, times)).nan_to_num().abs().max() < 1e-12
 
 
@@ -890,7 +890,7 @@ def test_plan_follows_the_schedule_for_ddpm_and_trailing_for_the_others():
     assert ddpm.plan(plain)[:, 0].tolist() == ddpm.timesteps(plain, ddpm.DEFAULT_STEPS, "trailing")
     assert len(ddpm.plan(Schedule(5))) == 5
     assert ddpm.plan(schedule, "ddim", 7, "linspace")[:, 0].tolist() == ddpm.timesteps(schedule, 7, "linspace")
-    times = ddpm.timesteps(schedule, 20, "trailing")
+    times = ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "trailing")
     assert torch.equal(ddpm.plan(schedule), ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER](schedule, times))
     assert ddpm.plan(schedule).dtype == f64 and ddpm.plan(schedule).device.type == "cpu"
 

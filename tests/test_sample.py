@@ -312,7 +312,7 @@ def test_grid_and_its_text(tmp_path, capsys, folder, model, n):
     out = tmp_path / "grid.png"
     assert sample.main(["-n", str(n), "--model", str(folder), "--seed", "7", "--steps", "3", "--out", str(out)]) == 0
     text = png_text(out)
-    assert (text["seed"], text["steps"], text["sampler"], text["model"]) == ("7", "3", "unipc", model.hash)
+    assert (text["seed"], text["steps"], text["sampler"], text["model"]) == ("7", "3", ddpm.DEFAULT_SAMPLER, model.hash)
     used = sample.load(folder, precision=text["precision"])
     expected = sample.draw(used, range(7, 7 + n), ddpm.plan(model.schedule, steps=3))
     for cell, image in zip(cells(out, n), expected, strict=True):
@@ -351,8 +351,10 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
         assert sample.main(["--model", path, "--class", label, "--steps", "2", "--out", str(tmp_path / "x.png")]) == 0
         pictures.append((tmp_path / "x.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+    photo = tmp_path / "photo.png"
+    data.write_png(photo, Image.new("RGB", (16, 16), "red"))
     for flags, sentence in ((["--class", "dog"], "it has ant, bee, cat"), (["--class", "3"], "no such class"),
-                            ([], "choose one with --class (ant, bee, cat)")):  # fmt: skip
+                            (["--from", str(photo)], "say with --class which one the picture is of")):  # fmt: skip
         assert sample.main(["--model", path, *flags]) == 2 and sentence in capsys.readouterr().err
     assert sample.main(["--model", str(folder), "--class", "bee"]) == 2
     assert "trained without classes" in capsys.readouterr().err
@@ -579,11 +581,26 @@ def test_guidance_costs_one_call_a_step(by_class, monkeypatch):
 
 
 def test_guidance_of_one_and_of_zero(by_class, tmp_path):
-    plain, free = drawn(by_class, tmp_path, "--class", "bee"), drawn(by_class, tmp_path)
+    plain = drawn(by_class, tmp_path, "--class", "bee")
+    model = sample.load(by_class)
+    free = sample.draw(model, range(2), ddpm.plan(model.schedule, steps=4), [3, 3])
+    free = list(free.numpy().transpose(0, 2, 3, 1))
     assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "1"), plain)
     assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "0"), free)
     two = drawn(by_class, tmp_path, "--class", "bee", "--guidance", "2")
     assert (stacked(two) != stacked(plain)).mean() > 0.1 and (stacked(free) != stacked(plain)).mean() > 0.1
+
+
+def test_without_a_class_they_come_in_turn_by_seed(by_class, tmp_path):
+    found = drawn(by_class, tmp_path, "--seed", "4", n=3)
+    assert png_text(tmp_path / "drawn.png")["class"] == "bee,cat,ant"
+    for seed, name, image in zip((4, 5, 6), ("bee", "cat", "ant"), found, strict=True):
+        assert np.array_equal(drawn(by_class, tmp_path, "--seed", str(seed), "--class", name, n=1)[0], image)
+    walk = drawn(by_class, tmp_path, "--walk", "4", "9")
+    assert np.array_equal(walk, drawn(by_class, tmp_path, "--walk", "4", "9", "--class", "bee"))
+    each = ["--model", str(by_class), "--steps", "1", "-n", "2", "--seed", "2", "--each", "--out", str(tmp_path / "e")]
+    assert sample.main(each) == 0
+    assert [png_text(tmp_path / f"e/{seed}.png")["class"] for seed in (2, 3)] == ["cat", "ant"]
 
 
 def test_guided_images_do_not_depend_on_the_batch(by_class):
@@ -717,7 +734,7 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
         (["--class", "dog"], "--class 'dog': this model has no such class; it has ant, bee, cat"),
         (["--class", "ant,3"], "--class '3': this model has no such class"),
         (["--class", "ant,"], "--class '': this model has no such class"),
-        (["--guidance", "2"], "--guidance is towards a class; choose one with --class"),
+        (["--guidance", "2", "--from", "photo.png"], "--guidance is towards a class; say with --class which one"),
         (["--guidance", "-1", "--class", "ant"], "'-1' is not a number from 0 to 1000"),
         (["--guidance", "nan", "--class", "ant"], "'nan' is not a number from 0 to 1000"),
         (["--strength", "0.5"], "--strength says how far to noise a picture; name it with --from"),
@@ -761,7 +778,9 @@ def test_guidance_needs_a_model_with_a_null_label(tmp_path, capsys):
 @pytest.mark.parametrize("names, count", [((), 3), (("a",), 3), (None, 3)], ids=str)
 def test_only_one_label_more_than_names_means_no_class(tmp_path, capsys, names, count):
     old = str(make_model(tmp_path / "m", num_class_embeds=count, class_names=names))
-    assert sample.main(["--model", old]) == 2 and "this model draws by class" in capsys.readouterr().err
+    data.write_png(tmp_path / "photo.png", Image.new("RGB", (16, 16), "red"))
+    flags = ["--model", old, "--from", str(tmp_path / "photo.png")]
+    assert sample.main(flags) == 2 and "this model draws by class" in capsys.readouterr().err
     flags = ["--model", old, "--steps", "1", "-n", "1", "--out", str(tmp_path / "x.png"), "--class"]
     assert sample.main([*flags, "2"]) == 0
     assert sample.main([*flags, "3"]) == 2 and "--class '3': this model has no such class" in capsys.readouterr().err
