@@ -10,11 +10,9 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 
 .PHONY: demo test lint lines clean
 
-# A network of half of nano's width, for the few minutes that it has.
 demo: $(VENV)/run.done
 	rm -rf demo
-	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --channels 32,64,128 --attention "" \
-	    --warmup 50 --steps 1000 --eval-every 500 --preview-every 250 --save-every 500 --out demo/run
+	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --steps 1000 --preview-every 250 --out demo/run
 	$(BIN)/python sample.py --model demo/run --class all --guidance 2 -n 8 --scale 3 --out demo.png
 	@echo "look at demo.png; go on with: $(BIN)/python sample.py --model demo/run --class monarch --film film.gif --scale 4"
 

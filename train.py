@@ -70,12 +70,12 @@ SETTINGS = {
         "flips": (True, bool, "mirror half of the images left-right, anew each time"),
     },
     "network": {
-        "channels": ([64, 128, 192], numbers, "channels of each level; each next one has half the size"),
+        "channels": ([32, 64, 128], numbers, "channels of each level; each next one has half the size"),
         "attention": ([8], numbers, "sides, in the network's pixels, of the levels with attention"),
         "layers": (1, whole(1, 16), "resnets a level"),
         "head_dim": (32, whole(1, 4096), "channels of an attention head"),
         "patch_size": (1, whole(1, 16), "pixels a side that enter the network as one"),
-        "groups": (8, whole(1, 65536), "groups of a group norm; at most as many as divide the channels"),
+        "groups": (4, whole(1, 65536), "groups of a group norm; at most as many as divide the channels"),
         "dropout": (0.0, real(0, 0.99), "share of activations dropped inside resnets"),
     },
     "diffusion": {
@@ -99,7 +99,7 @@ SETTINGS = {
             ("muon", "adamw"),
             "muon: orthogonalised updates of the inner convolutions and matrices, AdamW of the rest",
         ),
-        "lr": (2e-3, real(0, 1000), "highest learning rate: the size of AdamW's updates, and of Muon's"),
+        "lr": (0.01, real(0, 1000), "highest learning rate: of AdamW, or of Muon, beside which AdamW has 0.3 of it"),
         "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
         "weight_decay": (0.01, real(0), "share of the weights that is taken off a step, times the learning rate"),
@@ -128,11 +128,9 @@ DEFAULTS = {name: row[0] for group in SETTINGS.values() for name, row in group.i
 
 PRESETS = {
     "nano": {},
-    "small": {"size": 64, "channels": [64, 128, 192, 256], "attention": [16, 8], "head_dim": 64, "batch_size": 32,
-              "warmup": 500, "steps": 30_000, "eval_every": 1000, "preview_every": 1000,
-              "save_every": 1000},
+    "small": {"size": 64, "channels": [32, 64, 128, 160], "attention": [16, 8], "steps": 16_000},
     "base": {"size": 128, "channels": [64, 128, 256, 384], "attention": [16, 8], "layers": 2, "head_dim": 64,
-             "patch_size": 2, "batch_size": 64, "groups": 16, "warmup": 1000, "steps": 60_000, "density_mean": -0.4,
+             "groups": 8, "patch_size": 2, "batch_size": 64, "warmup": 1000, "steps": 60_000, "density_mean": -0.4,
              "eval_every": 1000, "preview_every": 1000, "save_every": 1000},
     # The network and recipe of the diffusers butterfly tutorial.
     "classic": {"size": 128, "channels": [128, 128, 256, 256, 512, 512], "attention": [8], "layers": 2, "head_dim": 8,
@@ -567,10 +565,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, for matrices and convolutions, these as (out, in x height x width).
-
-    An update has the root mean square of AdamW's, about 0.2 of the learning rate, so that one rate serves both (Liu et
-    al. 2025, "Muon is Scalable for LLM Training", eq. 4)."""
+    """Nesterov momentum, orthogonalised, for matrices and convolutions, these as (out, in x height x width): that of
+    torch.optim.Muon (Jordan et al. 2024), which takes matrices alone and cannot be held."""
 
     def __init__(self, parameters, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -588,7 +584,7 @@ class Muon(torch.optim.Optimizer):
             before = kept.setdefault("momentum", torch.zeros_like(gradients))
             momentum = torch.where(held, before, before.lerp(gradients, 1 - group["momentum"]))
             update = orthogonalise(gradients.lerp(momentum, group["momentum"]))
-            size = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
+            size = max(1, update.shape[1] / update.shape[2]) ** 0.5 * group["lr"]
             kept["momentum"] = momentum
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * ~held)
             update = torch.where(held, 0.0, -size * update).unflatten(2, shape[1:])
@@ -634,6 +630,8 @@ class State:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(settings, self.step)
             self.scaler.unscale_(optimizer)
+        if self.muon:
+            self.adamw.param_groups[0]["lr"] *= 0.3
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
         overflow = loss.isfinite() & ~norm.isfinite() & self.scaler.is_enabled()
         bad = ~(loss.isfinite() & norm.isfinite()) & ~overflow

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZED = ["--size", "32", "--classes"]
 CLASSIC = ["--preset", "classic", *SIZED]
 CIFAR = ["--channels", "128,256,256,256", "--attention", "16"]
-NANO = ["--channels", "64,128,192", "--attention", "8", "--layers", "1", "--head-dim", "32", "--groups", "8"]
+NANO = ["--channels", "32,64,128", "--attention", "8", "--layers", "1", "--head-dim", "32", "--groups", "4"]
 RECIPES = {
     "classic, network of CIFAR-10": [*CLASSIC, *CIFAR],
     "classic, network of nano": [*CLASSIC, *NANO],

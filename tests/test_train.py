@@ -596,7 +596,7 @@ def test_the_device_decides_and_says_so(tmp_path, capsys, shapes, monkeypatch):
     monkeypatch.setattr(train.State, "update", lambda self, loss, settings: setattr(self, "step", self.step + 1))
     assert train.main(["--data", str(shapes), "--out", str(tmp_path / "run"), "--steps", "1"]) == 0
     said = capsys.readouterr().out
-    assert "nano: 32 px, 7,202,691 parameters, 2.43 GFLOP an image" in said and "about 0:00:0" in said
+    assert "nano: 32 px, 2,736,099 parameters, 0.76 GFLOP an image" in said and "about 0:00:0" in said
 
 
 def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
@@ -984,7 +984,7 @@ def test_muon_is_that_of_pytorch_on_matrices():
     ours = [value.clone().requires_grad_() for value in start]
     peers = [value.clone().flatten(1).requires_grad_() for value in start]
     muon = train.Muon(ours, lr=0.02, weight_decay=0.1)
-    peer = torch.optim.Muon(peers, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    peer = torch.optim.Muon(peers, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
     for step in range(4):
         for i, (a, b) in enumerate(zip(ours, peers, strict=True)):
             a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(100 * step + i))
@@ -993,7 +993,7 @@ def test_muon_is_that_of_pytorch_on_matrices():
         peer.step()
     for a, b, value in zip(ours, peers, start, strict=True):
         moved = b - value.flatten(1)
-        assert moved.abs().mean() > 0.005
+        assert moved.abs().mean() > 0.002
         assert (a.flatten(1) - b).abs().max() < 0.05 * moved.abs().max()
 
 
