@@ -214,7 +214,7 @@ def images_of_run(run: Path, shape: tuple[int, int, int]) -> tuple[Images, Image
     settings, kept = config.get("settings"), config.get("data")
     if not isinstance(settings, dict) or not isinstance(kept, dict) or not isinstance(kept.get("source"), str):
         raise InputError(f"{run / 'config.json'} is no config.json of a run; name images with --real")
-    dataset = data.prepare(kept["source"], shape[1], channels=shape[0], revision=kept.get("revision"))
+    dataset = data.prepare(kept["source"], shape[1], channels=shape[0], revision=settings.get("revision"))
     if dataset.fingerprint != kept.get("fingerprint"):
         raise InputError(
             f"{kept['source']}: the data are no longer those of {run}; name others with --real and --train"

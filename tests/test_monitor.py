@@ -224,6 +224,14 @@ def test_a_run_knows_its_data(trained, tmp_path, shapes):
     assert quality_of(tmp_path, trained, "-n", 8, "--seed", 50)["images"] != found["images"]
 
 
+def test_a_run_on_drawn_butterflies_is_compared_with_fresh_ones(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "FRESH", "drawn:60:9")
+    assert fit(tmp_path / "run", "--classes", data="drawn:30", steps=2) == 0
+    found = quality_of(tmp_path, tmp_path / "run", "-n", 6)
+    assert (found["real"]["source"], found["training"]["source"]) == ("drawn:60:9", "drawn:30")
+    assert found["images"]["real"] == 60 and found["images"]["near_copies"] is not None
+
+
 def test_a_model_folder_needs_real_images(tmp_path, capsys):
     folder = make_model(tmp_path / "m", num_class_embeds=4, class_names=("ant", "bee", "cat"))
     assert monitor.main(["quality", str(folder)]) == 2
