@@ -254,6 +254,8 @@ def open_subject(args: argparse.Namespace) -> tuple[Tensor, Images, Images | Non
         shape = model.shape
         if shape[1] != shape[2] or args.size not in (None, shape[1]):
             raise InputError(f"{path}: its images are {shape[2]} x {shape[1]}; square ones are compared, as they are")
+    else:
+        images = take(data.prepare(args.subject, shape[1], channels=shape[0]))
     real = training = None
     if (path / "metrics.jsonl").exists() and not (args.real and args.train):
         training, real = images_of_run(path, shape)
@@ -264,7 +266,6 @@ def open_subject(args: argparse.Namespace) -> tuple[Tensor, Images, Images | Non
     if real is None:
         raise InputError(f"{path} does not say which images it should be like; name them with --real")
     if model is None:
-        images = take(data.prepare(args.subject, shape[1], channels=shape[0]))
         return images.pixels[: args.n], real, training, {"source": images.source, "fingerprint": images.fingerprint}
     facts = {"model": model.hash, "seed": args.seed, "sampler": ddpm.DEFAULT_SAMPLER, "steps": ddpm.DEFAULT_STEPS}
     return draw(model, args.seed, args.n, real), real, training, {"source": str(path), **facts}

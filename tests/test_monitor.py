@@ -261,7 +261,7 @@ def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["nowhere", "--real", "drawn:20:1"], "no folder"),
+        (["nowhere"], "no folder"),
         (["drawn:20:1"], "--real"),
         (["drawn:20:1", "--real", "nowhere"], "nowhere"),
         (["drawn:20:1", "--real", "drawn:20:1", "-n", "2"], "from 3"),
