@@ -161,13 +161,10 @@ class Quality:
     near_copies: int | None  # of training images, where these are known
 
     def __str__(self) -> str:
-        copies = (
-            ""
-            if self.near_copies is None
-            else f"  near-copies {self.near_copies} ({self.near_copies / self.images:.1%})"
-        )
-        interval = f"({self.kid_low:.4f} to {self.kid_high:.4f})"
-        return f"N {self.images}  KID {self.kid:.4f} {interval}  FD {self.fd:.2f}{copies}"
+        text = f"N {self.images}  KID {self.kid:.4f} ({self.kid_low:.4f} to {self.kid_high:.4f})  FD {self.fd:.2f}"
+        if self.near_copies is None:
+            return text
+        return f"{text}  near-copies {self.near_copies} ({self.near_copies / self.images:.1%})"
 
 
 def quality(network: Features, images: Tensor, real: Tensor, training: Tensor | None = None) -> Quality:

@@ -164,7 +164,6 @@ class UNetConfig:
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
-MEMO = 2000  # pairs of timestep and label that a prepared network remembers
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +313,9 @@ def sinusoids(t: Tensor, dim: int, freq_shift: int, flip: bool) -> Tensor:
     angles = t.float()[:, None] * torch.exp(exponent)
     parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
+
+
+MEMO = 2000  # pairs of timestep and label that a prepared network remembers
 
 
 class UNet(nn.Module):

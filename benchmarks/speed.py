@@ -349,6 +349,8 @@ ROWS = {"1": (row_1, "s"), "2": (row_2, "s"), "3": (row_3, "s"), "4": (row_4, "s
         "5": (row_5, "images/s"), "5l": (row_5_lucidrains, "images/s"), "7": (row_7, "GFLOP/s"), "8": (row_8, "MiB"),
         "9": (row_9, "s"), "10": (row_10, "s")}  # fmt: skip
 
+WITH_PEER = {"1", "2", "3", "4", "4c", "5", "5l"}  # rows whose first contender is a peer
+
 
 def machine() -> dict:
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -368,9 +370,10 @@ def markdown(results: dict) -> str:
         first, unit = None, row["unit"]
         for contender, values in row["values"].items():
             first = first or median(values)
-            ratio = median(values) / first if unit == "images/s" else first / median(values)
+            ratio = f"{median(values) / first if unit == 'images/s' else first / median(values):.3g}"
+            ratio = ratio if name in WITH_PEER else ""
             shown = " | ".join(f"{value:.4g}" for value in (min(values), median(values), max(values)))
-            lines.append(f"| {name} | {contender} ({unit}) | {shown} | {len(values)} | {ratio:.3g} |")
+            lines.append(f"| {name} | {contender} ({unit}) | {shown} | {len(values)} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 
