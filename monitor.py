@@ -85,7 +85,8 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
 
     The unbiased estimate of MMD^2 with the kernel (x.y/d + 1)^3 (Binkowski et al. 2018, section 4), from all pairs
     rather than subsets; below 0 by chance where the sets are alike. The standard error is the jackknife's: each
-    image of either set left out in turn (Arvesen 1969). ValueError for fewer than 3 images."""
+    image of either set left out in turn (Arvesen 1969); it is of the images alone, not of a training's luck, and a
+    third too large where the sets are alike. ValueError for fewer than 3 images."""
     m, n = len(x), len(y)
     if min(m, n) < 3:
         raise ValueError(f"a kernel distance needs at least 3 images on each side, not {m} and {n}")
@@ -122,6 +123,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 # Of 500 drawn butterflies, and of 100 photographs of butterflies, that had been held out none is a near-copy by this
 # measure; of training images with noise of 8 levels 94% and 100% are.
 NEIGHBOURS, NEAR = 50, 1 / 3
+SAME = 2.0  # levels; a copy even where the training set has the image many times
 
 
 def near_copies(images: Tensor, training: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def near_copies(images: Tensor, training: Tensor) -> Tensor:
 
     An image is one if its nearest training image, mirrored or not, is less than a third as far as the median of its 50
     nearest: so plain images, which lie close to many, are not accused (Carlini et al. 2023, section 5.1). Distances
-    are RMS over pixels, at 32 x 32 where images are larger."""
+    are RMS over pixels, at 32 x 32 where images are larger. Copies that were moved or darkened are not found."""
 
     def flat(levels: Tensor) -> Tensor:
         levels = levels.float()
@@ -141,7 +143,8 @@ def near_copies(images: Tensor, training: Tensor) -> Tensor:
         part = flat(part)
         distances = torch.minimum(*(torch.cdist(part, side) for side in both))  # (n, M)
         nearest = distances.topk(min(NEIGHBOURS, len(training)), largest=False).values
-        found.append(nearest[:, 0] < NEAR * nearest.median(dim=1).values)
+        limit = (NEAR * nearest.median(dim=1).values).clamp(min=SAME * part.shape[1] ** 0.5)
+        found.append(nearest[:, 0] < limit)
     return torch.cat(found)
 
 
@@ -157,11 +160,12 @@ class Quality:
     kid: float
     kid_low: float  # of the 95% interval
     kid_high: float
-    fd: float
+    fd: float | None  # none where either set has too few images for one
     near_copies: int | None  # of training images, where these are known
 
     def __str__(self) -> str:
-        text = f"N {self.images}  KID {self.kid:.4f} ({self.kid_low:.4f} to {self.kid_high:.4f})  FD {self.fd:.2f}"
+        text = f"N {self.images}  KID {self.kid:.4f} ({self.kid_low:.4f} to {self.kid_high:.4f})"
+        text += "  FD -" if self.fd is None else f"  FD {self.fd:.2f}"
         if self.near_copies is None:
             return text
         return f"{text}  near-copies {self.near_copies} ({self.near_copies / self.images:.1%})"
@@ -173,7 +177,8 @@ def quality(network: Features, images: Tensor, real: Tensor, training: Tensor | 
     value, error = kid(x, y)
     copies = None if training is None else int(near_copies(images, training).sum())
     bounds = value - 1.96 * error, value + 1.96 * error
-    return Quality(len(images), len(real), value, *bounds, frechet_distance(x, y), copies)
+    fd = frechet_distance(x, y) if min(x.shape[0], y.shape[0]) > x.shape[1] else None
+    return Quality(len(images), len(real), value, *bounds, fd, copies)
 
 
 FRESH = "drawn:4096:2147483648"  # butterflies that no run is trained on unless it asks for this seed
@@ -196,13 +201,27 @@ def take(dataset: data.Dataset, rows: slice | Sequence[int] = slice(None)) -> Im
     return Images(dataset.source, dataset.fingerprint, pixels, labels, dataset.classes)
 
 
-def by_chance(images: Images, count: int) -> Images:
-    """`count` of the images, with as many of each class as chance has it. Drawn butterflies have their families in
-    turn: pairs of one family would be rarer among them than among images taken at random, and KID biased downwards."""
-    chosen = torch.randint(len(images.classes), (count,), generator=data.generator("by chance", images.source))
-    rows = [(images.labels == label).nonzero()[:, 0][: (chosen == label).sum()] for label in range(len(images.classes))]
-    rows = torch.cat(rows)
-    return replace(images, pixels=images.pixels[rows], labels=images.labels[rows])
+def is_drawn(source: str) -> bool:
+    return source.partition(":")[0] == "drawn"
+
+
+def some(images: Images, count: int) -> Images:
+    """At most `count` of the images, at random; of drawn butterflies at most half. Those have their families in turn,
+    so that all of them hold fewer pairs of one family than a random set, and KID would be biased downwards: families
+    are chosen by chance, and from each as many images as it was chosen times."""
+    random = data.generator("some", images.source)
+    if is_drawn(images.source):
+        families = len(images.classes)
+        times = torch.randint(families, (min(count, len(images.pixels) // 2),), generator=random).bincount()
+        rows = torch.cat([(images.labels == k).nonzero()[:, 0][:number] for k, number in enumerate(times)])
+    else:
+        rows = torch.randperm(len(images.pixels), generator=random)[:count]
+    return replace(images, pixels=images.pixels[rows], labels=None if images.labels is None else images.labels[rows])
+
+
+def fresh(shape: tuple[int, int, int]) -> Images:
+    """Drawn butterflies (channels, height, width) that no run was trained on, their families by chance."""
+    return some(take(data.prepare(FRESH, shape[1], channels=shape[0])), 2000)
 
 
 def images_of_run(run: Path, shape: tuple[int, int, int]) -> tuple[Images, Images]:
@@ -217,19 +236,17 @@ def images_of_run(run: Path, shape: tuple[int, int, int]) -> tuple[Images, Image
             f"{kept['source']}: the data are no longer those of {run}; name others with --real and --train"
         )
     rows, held_out = data.split(dataset)
-    if not kept["source"].startswith("drawn"):
-        return take(dataset, rows), take(dataset, held_out)
-    return take(dataset, rows), by_chance(take(data.prepare(FRESH, shape[1], channels=shape[0])), 2000)
+    return take(dataset, rows), fresh(shape) if is_drawn(kept["source"]) else take(dataset, held_out)
 
 
-def draw(model: sample.Model, seed: int, count: int, real: Images) -> Tensor:
-    """`count` images as sample.py draws them when nothing is said; of a model with classes, these as often as the real
-    images have them, or equally often where those have others."""
+def draw(model: sample.Model, seed: int, count: int, real: Images, table: Tensor | None = None) -> Tensor:
+    """`count` images as sample.py draws them when nothing is said, or by a table of `ddpm.plan`; of a model with
+    classes, these as often as the real images have them, or equally often where those have others."""
     config, labels = model.network.config, None
     if config.class_count:
         known = real.labels if real.classes == config.class_names else torch.arange(config.class_count)
         labels = known[torch.randint(len(known), (count,), generator=data.generator("classes", seed))].tolist()
-    table, drawn = ddpm.plan(model.schedule), []
+    table, drawn = ddpm.plan(model.schedule) if table is None else table, []
     for start in tqdm(range(0, count, 32), desc="drawing", unit="batch", disable=None):
         seeds = range(seed + start, seed + min(start + 32, count))
         part = None if labels is None else labels[start : start + len(seeds)]
@@ -260,10 +277,13 @@ def open_subject(args: argparse.Namespace) -> tuple[Tensor, Images, Images | Non
         training = take(data.prepare(args.train, shape[1], channels=shape[0]))
     if args.real:
         real = take(data.prepare(args.real, shape[1], channels=shape[0]))
+        real = some(real, len(real.pixels))
+    elif real is None and path == sample.BOX:  # which was trained on drawn butterflies
+        real = fresh(shape)
     if real is None:
         raise InputError(f"{path} does not say which images it should be like; name them with --real")
     if model is None:
-        return images.pixels[: args.n], real, training, {"source": images.source, "fingerprint": images.fingerprint}
+        return some(images, args.n).pixels, real, training, {"source": images.source, "fingerprint": images.fingerprint}
     facts = {"model": model.hash, "seed": args.seed, "sampler": ddpm.DEFAULT_SAMPLER, "steps": ddpm.DEFAULT_STEPS}
     return draw(model, args.seed, args.n, real), real, training, {"source": str(path), **facts}
 
@@ -278,8 +298,7 @@ def report_quality(args: argparse.Namespace) -> None:
     pixels = None if training is None else training.pixels
     rows = {"images": quality(network, images, real.pixels, pixels)}
     if training is not None:
-        order = torch.randperm(len(pixels), generator=data.generator("quality"))
-        rows["training images"] = quality(network, pixels[order[: len(images)]], real.pixels)
+        rows["training images"] = quality(network, some(training, len(images)).pixels, real.pixels)
     print(f"{facts['source']} against {len(real.pixels):,} images of {real.source}")
     for name, row in rows.items():
         print(f"{name:17}{row}")

@@ -106,19 +106,29 @@ def test_frechet_distance_of_any_gaussians():
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Two sets of drawn butterflies that share none, uint8 (400, 3, 32, 32)."""
-    sets = (monitor.take(data.prepare(f"drawn:900:{seed}", 32, channels=3)) for seed in (5, 6))
-    return [monitor.by_chance(images, 400).pixels for images in sets]
+    """Two sets of drawn butterflies that share none, uint8 (600, 3, 32, 32)."""
+    sets = (monitor.take(data.prepare(f"drawn:1300:{seed}", 32, channels=3)) for seed in (5, 6))
+    return [monitor.some(images, 600).pixels for images in sets]
 
 
 def test_classes_by_chance():
-    images = monitor.take(data.prepare("drawn:900:5", 32, channels=3))
-    some = monitor.by_chance(images, 400)
+    images = monitor.take(data.prepare("drawn:1300:5", 32, channels=3))
+    some = monitor.some(images, 400)
     counts = some.labels.bincount(minlength=15)
     assert len(some.pixels) == len(some.labels) == 400 and len(some.pixels.flatten(1).unique(dim=0)) == 400
     assert 2 < counts.double().var() < 130  # 25 for a multinomial, 0 in turn
     places = torch.cdist(some.pixels.flatten(1).float(), images.pixels.flatten(1).float()).argmin(1)
     assert torch.equal(images.labels[places], some.labels)
+    assert len(monitor.some(images, 900).pixels) == 650  # in the whole set each family is as frequent as the others
+
+
+def test_other_images_are_taken_at_random():
+    """A folder has its classes one after the other; the first of them are not like all."""
+    pixels = torch.arange(600, dtype=torch.uint8).view(600, 1, 1, 1) // 3
+    images = monitor.Images("drawn-birds/set", "", pixels, torch.arange(600) // 200, ("a", "b", "c"))
+    some = monitor.some(images, 300)
+    assert len(some.pixels) == 300 and len(monitor.some(images, 900).pixels) == 600
+    assert all(60 < count < 140 for count in some.labels.bincount())
 
 
 def test_near_copies_are_found_and_others_are_not(drawn):
@@ -138,6 +148,21 @@ def test_near_copies_of_large_images(drawn):
     assert monitor.near_copies(torch.cat([large[1][:50], large[0][:50]]), large[0])[50:].all()
     small = monitor.near_copies(drawn[1], drawn[0])
     assert monitor.near_copies(large[1], large[0]).equal(small)  # 64 px are compared at 32
+
+
+def test_a_copy_of_an_image_that_was_seen_often_is_one(drawn):
+    training, unseen = drawn
+    often = torch.cat([training, training[:3].repeat(60, 1, 1, 1)])
+    assert (
+        monitor.near_copies(torch.cat([training[:3].flip(-1), unseen[:3]]), often).tolist() == [True] * 3 + [False] * 3
+    )
+
+
+def test_frechet_distance_needs_more_images_than_features(drawn):
+    network, (images, real) = monitor.load_features(), drawn
+    few = monitor.quality(network, images, real[:128])
+    assert few.fd is None and "FD -" in str(few)
+    assert monitor.quality(network, images, real[:129]).fd > 0
 
 
 def test_features_are_the_pinned_ones(tmp_path, monkeypatch):
@@ -180,13 +205,16 @@ def damaged(images, how, amount):
         x = F.conv2d(F.pad(x, (3, 3, 3, 3), mode="replicate"), kernel, groups=3)
     elif how == "noise":
         x = x + amount * torch.randn(x.shape, generator=random)
+    elif how == "blocks":
+        x = F.interpolate(F.avg_pool2d(x, amount), scale_factor=amount)
     else:
         x = x + amount * torch.tensor([1.0, -0.3, -0.7])[:, None, None]
     return data.to_uint8(x)
 
 
 @pytest.mark.parametrize(
-    "how,amounts", [("blur", (0.6, 1.0, 1.6)), ("noise", (0.15, 0.25, 0.4)), ("cast", (0.08, 0.16, 0.3))]
+    "how,amounts",
+    [("blur", (0.6, 1.0, 1.6)), ("noise", (0.15, 0.25, 0.4)), ("cast", (0.08, 0.16, 0.3)), ("blocks", (2, 4, 8))],
 )
 def test_quality_ranks_damage_with_intervals_apart(drawn, how, amounts):
     network, (images, real) = monitor.load_features(), drawn
@@ -207,11 +235,11 @@ def quality_of(tmp_path, *arguments) -> dict:
 
 
 def test_images_against_images(tmp_path, capsys):
-    found = quality_of(tmp_path, "drawn:60:1", "--real", "drawn:50:2", "--train", "drawn:60:1", "--size", 32, "-n", 40)
-    assert found["images"]["near_copies"] == 40  # they are the training images
-    assert (found["images"]["images"], found["images"]["real"]) == (40, 50)
+    found = quality_of(tmp_path, "drawn:60:1", "--real", "drawn:200:2", "--train", "drawn:60:1", "--size", 32, "-n", 40)
+    assert found["images"]["near_copies"] == 30  # they are the training images
+    assert (found["images"]["images"], found["images"]["real"]) == (30, 100)
     shown = capsys.readouterr().out
-    assert "drawn:60:1 against 50 images of drawn:50:2" in shown and "N 40" in shown and "100.0%" in shown
+    assert "drawn:60:1 against 100 images of drawn:200:2" in shown and "N 30" in shown and "100.0%" in shown
 
 
 def test_a_run_knows_its_data(trained, tmp_path, shapes):
@@ -229,7 +257,7 @@ def test_a_run_on_drawn_butterflies_is_compared_with_fresh_ones(fit, tmp_path, m
     assert fit(tmp_path / "run", "--classes", data="drawn:30", steps=2) == 0
     found = quality_of(tmp_path, tmp_path / "run", "-n", 6)
     assert (found["real"]["source"], found["training"]["source"]) == ("drawn:60:9", "drawn:30")
-    assert found["images"]["real"] == 60 and found["images"]["near_copies"] is not None
+    assert found["images"]["real"] == 30 and found["images"]["near_copies"] is not None
 
 
 def test_a_model_folder_needs_real_images(tmp_path, capsys):
@@ -238,6 +266,13 @@ def test_a_model_folder_needs_real_images(tmp_path, capsys):
     assert "--real" in capsys.readouterr().err
     found = quality_of(tmp_path, folder, "--real", "drawn:20", "-n", 6)
     assert found["images"]["near_copies"] is None and found["training"] is None
+
+
+def test_the_model_in_the_box_is_compared_with_fresh_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(monitor, "FRESH", "drawn:60:9")
+    monkeypatch.setattr(monitor.sample, "BOX", make_model(tmp_path / "box"))
+    assert quality_of(tmp_path, "-n", 6)["real"]["source"] == "drawn:60:9"
 
 
 def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch):
@@ -265,7 +300,7 @@ def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch
         (["drawn:20:1"], "--real"),
         (["drawn:20:1", "--real", "nowhere"], "nowhere"),
         (["drawn:20:1", "--real", "drawn:20:1", "-n", "2"], "from 3"),
-        (["drawn:2:1", "--real", "drawn:20:1"], "at least 3 images"),
+        (["drawn:4:1", "--real", "drawn:20:1"], "at least 3 images"),
     ],
 )
 def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch, tmp_path):
@@ -302,4 +337,4 @@ def test_pictures_of_any_size_are_read(tmp_path):
     folder.mkdir()
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40 + i, 50, 3), np.uint8)).save(folder / f"{i}.png")
-    assert quality_of(tmp_path, folder, "--real", "drawn:10")["images"]["images"] == 6
+    assert quality_of(tmp_path, folder, "--real", "drawn:60")["images"]["images"] == 6
