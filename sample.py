@@ -81,11 +81,26 @@ def set_threads(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
             torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(int(quota) / int(period)))))
 
 
-def compile_for_drawing(network: unet.UNet) -> None:
-    """torch.compile of all but the embeddings; with CUDA graphs on a GPU. What it compiled is kept between runs."""
+def compile_for_drawing(network: unet.UNet, batch: int) -> None:
+    """torch.compile, in place, tried on a batch of this many images; with CUDA graphs on a GPU. What it compiled is
+    kept between runs. Where it does not work, says so and leaves the network as it is."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.cache_folder() / "compile"))
-    on_gpu = network.conv_in.weight.device.type == "cuda"
-    network.body = torch.compile(network.body, mode="reduce-overhead" if on_gpu else "default")
+    device, config = network.conv_in.weight.device, network.config
+    x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    try:
+        network.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+        with torch.inference_mode():
+            network(x, t, t if config.num_class_embeds else None)
+    except Exception as error:
+        go_on_without_compile(network, error)
+
+
+def go_on_without_compile(network: unet.UNet, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+    print(f"torch.compile does not work here ({reason}): going on without it", flush=True)
+    with suppress(Exception):  # where even asking raised, there is nothing to undo
+        network.compile(disable=True)
 
 
 # ---- model folders ---------------------------------------------------------------------------------------------------
@@ -118,6 +133,8 @@ def save_model(folder: Path, network: unet.UNet, schedule: ddpm.Schedule) -> Non
         "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", **schedule.to_dict()},
         "model_index.json": {"_class_name": "DDPMPipeline", **index},
     }
+    if network.to_embs is not None:
+        raise ValueError("a network that was fused for drawing has no longer the weights of a file")
     tensors = network.state_dict()
     data.atomic_write(folder / f"unet/{WEIGHTS}.safetensors", lambda file: unet.write_safetensors(tensors, file))
     for name, content in files.items():
@@ -551,8 +568,6 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.model) if args.model is not None else newest_run()
     device = choose_device(args.device)
     model = load(path, device, choose_precision(device, args.precision))
-    if args.compile:
-        compile_for_drawing(model.network)
     config = model.network.config
     jobs = choose_jobs(args, config)
     rows = len(jobs) // args.n
@@ -566,6 +581,8 @@ def run(args: argparse.Namespace) -> None:
     every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
     drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
     size = EXACT_BATCH if args.exact else args.batch_size or 8
+    if args.compile:
+        compile_for_drawing(model.network, size if args.exact else min(size, len(jobs)))
     options = {"guidance": args.guidance, "picture": begin if strength < 1 else None, "known": known}
 
     def progress(i: int, x: Tensor) -> None:
@@ -620,7 +637,7 @@ def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: fl
         "precision": model.precision,
         "torch": torch.__version__,
     }
-    facts |= {"guidance": args.guidance} if args.classes is not None else {}
+    facts |= {"guidance": args.guidance} if args.classes is not None or args.guidance != 1 else {}
     if args.picture:
         facts |= {"from": args.picture, "strength": strength} | ({"mask": args.mask} if args.mask else {})
     return facts

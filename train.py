@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -541,10 +541,7 @@ def probe(network: unet.UNet, batches: Batches, table: Tensor, settings: dict, a
         except Exception as error:
             if not settings["compile"] or attempt:
                 raise
-            reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-            print(f"torch.compile does not work here ({reason}): going on without it", flush=True)
-            with suppress(Exception):  # where even asking raised, there is nothing to undo
-                network.compile(disable=True)
+            sample.go_on_without_compile(network, error)
         network.zero_grad()
         seconds = min(seconds, (time.perf_counter() - begin) / count)
         if attempt > 1 and time.perf_counter() - start > 3:

@@ -10,7 +10,7 @@ Architecture: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", append
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -184,7 +184,8 @@ class Resnet(nn.Module):
         self.scale = scale
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels * (2 if self.scale_shift else 1))
+        self.emb_channels = out_channels * (2 if self.scale_shift else 1)
+        self.time_emb_proj = nn.Linear(time_dim, self.emb_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -204,6 +205,15 @@ class Resnet(nn.Module):
         return (x + h) / self.scale if self.scale != 1 else x + h
 
 
+def stacked(layers: list[nn.Linear]) -> nn.Linear:
+    """One layer whose output is theirs, side by side. For drawing: it is not trained."""
+    layer = nn.Linear(layers[0].in_features, sum(part.out_features for part in layers), device="meta")
+    for name in ("weight", "bias"):
+        values = torch.cat([getattr(part, name).detach() for part in layers])
+        setattr(layer, name, nn.Parameter(values, requires_grad=False))
+    return layer
+
+
 class Attention(nn.Module):
     """Self-attention over all pixels, with a residual connection (Vaswani et al. 2017, eq. 1)."""
 
@@ -219,15 +229,6 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
         self.to_qkv = None
-
-    def fuse(self) -> None:
-        """Makes one product of the three that give q, k and v. For drawing: the files' names are gone."""
-        three = (self.to_q, self.to_k, self.to_v)
-        self.to_qkv = nn.Linear(self.to_q.in_features, 3 * self.to_q.in_features, device="meta")
-        for name in ("weight", "bias"):
-            fused = torch.cat([getattr(proj, name).detach() for proj in three])
-            setattr(self.to_qkv, name, nn.Parameter(fused, requires_grad=False))
-        del self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -315,9 +316,6 @@ def sinusoids(t: Tensor, dim: int, freq_shift: int, flip: bool) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-MEMO = 2000  # pairs of timestep and label that a prepared network remembers
-
-
 class UNet(nn.Module):
     """`network(x, t, labels)`: noisy images, timesteps and class labels in, the prediction out."""
 
@@ -348,17 +346,25 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
-        self.memo: dict | None = None
+        self.to_embs: nn.Linear | None = None
+
+    def resnets(self) -> list[Resnet]:
+        """In the order in which they are applied."""
+        blocks = [*self.down_blocks, *([self.mid_block] if self.mid_block else []), *self.up_blocks]
+        return [resnet for block in blocks for resnet in block.resnets]
 
     def fuse(self) -> None:
-        """Prepares for drawing, in place: q, k and v by one product, and on a CPU what is made of a timestep and a
-        label is kept. The network computes the same to rounding; its state is no longer that of a file."""
+        """Prepares for drawing, in place: one product for q, k and v, and one for what all resnets are told of the
+        timestep. The network computes the same to rounding; its state is no longer that of a file."""
         for module in self.modules():
             if isinstance(module, Attention):
-                module.fuse()
-        self.memo = {} if self.conv_in.weight.device.type == "cpu" else None  # to ask a GPU for t would wait for it
+                module.to_qkv = stacked([module.to_q, module.to_k, module.to_v])
+                del module.to_q, module.to_k, module.to_v
+        self.to_embs = stacked([resnet.time_emb_proj for resnet in self.resnets()])
+        for resnet in self.resnets():
+            del resnet.time_emb_proj
 
-    def embed(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def embed(self, t: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
         """What each resnet is told of timesteps and labels (B,): (B, its channels) each, in order of use."""
         config = self.config
         emb = sinusoids(t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
@@ -366,30 +372,15 @@ class UNet(nn.Module):
         if labels is not None:
             emb = emb + self.class_embedding(labels)
         emb = F.silu(emb)
-        blocks = [*self.down_blocks, *([self.mid_block] if self.mid_block else []), *self.up_blocks]
-        return [resnet.time_emb_proj(emb) for block in blocks for resnet in block.resnets]
-
-    def recall(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """`embed`, each pair of timestep and label computed once, and alone: its bits depend on no neighbour."""
-        keys = list(zip(t.tolist(), [None] * len(t) if labels is None else labels.tolist(), strict=True))
-        if len(self.memo) > MEMO:
-            self.memo.clear()
-        for i, key in enumerate(keys):
-            if key not in self.memo:
-                self.memo[key] = self.embed(t[i : i + 1], None if labels is None else labels[i : i + 1])
-        if len(set(keys)) == 1:
-            return self.memo[keys[0]]  # (1, channels) each, for the whole batch
-        return [torch.cat(rows) for rows in zip(*(self.memo[key] for key in keys), strict=True)]
+        if self.to_embs is None:
+            return [resnet.time_emb_proj(emb) for resnet in self.resnets()]
+        return self.to_embs(emb).split([resnet.emb_channels for resnet in self.resnets()], dim=1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), t (B,) timesteps, labels (B,) int64 -> prediction (B, C, H, W) in the network's dtype."""
         if (labels is None) != (self.class_embedding is None):
             raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
-        return self.body(x, self.embed(t, labels) if self.memo is None else self.recall(t, labels))
-
-    def body(self, x: Tensor, embs: list[Tensor]) -> Tensor:
-        """All but the embeddings: x (B, C, H, W) and what `embed` returned -> prediction (B, C, H, W)."""
-        config, embs = self.config, iter(embs)
+        config, embs = self.config, iter(self.embed(t, labels))
         x = x.to(self.conv_in.weight.dtype)
         if config.center_input_sample:
             x = 2 * x - 1

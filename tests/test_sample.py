@@ -726,6 +726,8 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
     drawn(by_class, tmp_path, "--walk", "3", "9")
     text = png_text(tmp_path / "drawn.png")
     assert text["walk"] == "3 9" and "seed" not in text
+    drawn(by_class, tmp_path, "--guidance", "3")  # classes in turn
+    assert png_text(tmp_path / "drawn.png")["guidance"] == "3.0"
 
 
 @pytest.mark.parametrize(
@@ -867,7 +869,7 @@ def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch):
     model = sample.load(make_model(tmp_path / "m", **one_level, up_block_types=("AttnUpBlock2D",)))
     table = ddpm.plan(model.schedule, steps=6)
     eager = sample.draw(model, range(3), table).int()
-    sample.compile_for_drawing(model.network)
+    sample.compile_for_drawing(model.network, 3)
     compiled = sample.draw(model, range(3), table).int()
     assert any((tmp_path / "compiled").rglob("*.so"))  # it was compiled, and kept
     assert (eager - compiled).abs().max() <= 1 and eager.float().std() > 20
@@ -875,7 +877,27 @@ def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch):
 
 def test_compile_is_asked_for_by_a_flag(folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample, "compile_for_drawing", asked.append)
+    monkeypatch.setattr(sample, "compile_for_drawing", lambda *how: asked.append(how))
     flags = ["--model", str(folder), "--steps", "2", "-n", "1", "--out", str(tmp_path / "x.png")]
     assert sample.main(flags) == 0 and not asked
-    assert sample.main([*flags, "--compile"]) == 0 and isinstance(asked[0], unet.UNet)
+    assert sample.main([*flags, "--compile"]) == 0 and isinstance(asked[0][0], unet.UNet) and asked[0][1] == 1
+
+
+def test_where_compile_does_not_work_drawing_goes_on_eager(folder, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **how) if how.get("disable") else refuse)
+    flags = ["--model", str(folder), "--steps", "2", "-n", "1", "--out"]
+    assert sample.main([*flags, str(tmp_path / "a.png")]) == 0
+    assert sample.main([*flags, str(tmp_path / "b.png"), "--compile"]) == 0
+    assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_fused_network_is_not_saved(folder, tmp_path):
+    model = sample.load(folder)
+    with pytest.raises(ValueError, match="fused"):
+        sample.save_model(tmp_path / "copy", model.network, model.schedule)
+    assert not (tmp_path / "copy").exists()

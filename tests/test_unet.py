@@ -247,26 +247,15 @@ def test_bfloat16_is_near_float32():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_for_drawing_is_that_of_diffusers(name):
-    """q, k and v by one product, embeddings remembered: asked twice, and for images of different timesteps."""
+    """q, k and v by one product, and all projections of the embeddings, of images at different timesteps."""
     peer, ours, x, t, labels = pair(name)
+    before = sum(v.numel() for v in ours.parameters())
     ours.fuse()
     with torch.no_grad():
-        for times in (t, t.flip(0), torch.tensor([37, 37, 37]), t):
-            expected, found = peer(x, times, labels).sample, ours(x, times, labels)
-            assert error(found, expected) < 1e-5
-    assert len(ours.memo) == (3 if labels is None else 7)  # the pairs that were asked for
-
-
-def test_what_is_remembered_does_not_depend_on_neighbours_and_has_a_bound(monkeypatch):
-    _, ours, x, _, _ = pair("butterfly")
-    alone = [ours.embed(torch.tensor([i]), None) for i in range(3)]
-    ours.fuse()
-    together = ours.recall(torch.tensor([0, 1, 2]), None)
-    assert all(torch.equal(part[i : i + 1], alone[i][k]) for k, part in enumerate(together) for i in range(3))
-    monkeypatch.setattr(unet, "MEMO", 5)
-    for i in range(40):
-        ours.recall(torch.tensor([i]), None)
-        assert len(ours.memo) <= 6
+        for times in (t, t.flip(0), torch.tensor([37, 37, 37])):
+            assert error(ours(x, times, labels), peer(x, times, labels).sample) < 1e-5
+    assert sum(v.numel() for v in ours.parameters()) == before
+    assert not any("to_q." in key or "time_emb_proj" in key for key in ours.state_dict())
 
 
 def test_labels_are_needed_exactly_where_there_are_classes():
