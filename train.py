@@ -99,7 +99,11 @@ SETTINGS = {
             ("muon", "adamw"),
             "muon: orthogonalised updates of the inner convolutions and matrices, AdamW of the rest",
         ),
-        "lr": (0.01, real(0, 1000), "highest learning rate: of AdamW, or of Muon, beside which AdamW has 0.3 of it"),
+        "lr": (
+            None,
+            real(0, 1000),
+            "highest learning rate; beside Muon AdamW has 0.3 of it (default: muon 0.01, adamw 0.001)",
+        ),
         "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
         "weight_decay": (0.01, real(0), "share of the weights that is taken off a step, times the learning rate"),
@@ -124,6 +128,7 @@ SETTINGS = {
         "compile": (None, bool, "torch.compile the network (default: on a GPU)"),
     },
 }
+RATES = {"muon": 0.01, "adamw": 1e-3}
 DEFAULTS = {name: row[0] for group in SETTINGS.values() for name, row in group.items()}
 
 PRESETS = {
@@ -219,6 +224,7 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
     if "steps" in given:
         settings["epochs"] = None
     settings["device"] = device.type
+    settings["lr"] = RATES[settings["optimizer"]] if settings["lr"] is None else settings["lr"]
     if settings["precision"] is None:  # a GPU without bf16 trains in fp16, with a scaler
         missing = device.type == "cuda" and not sample.has_bf16(device)
         settings["precision"] = "fp16" if missing else sample.choose_precision(device)
@@ -763,11 +769,15 @@ def describe(settings: dict, preset: str, state: State, cost: tuple[float, float
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     gflop, seconds = cost
     images = (settings["steps"] - state.step) * settings["batch_size"]
+    usual = RATES[settings["optimizer"]]
+    slow = (
+        f"\n--lr {settings['lr']:g} is far below {settings['optimizer']}'s default of {usual:g}: many more steps needed"
+    )
     return (
         f"{preset}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image\n"
         f"{settings['steps'] - state.step:,} steps of {settings['batch_size']} images on {settings['device']} in "
         f"{settings['precision']}: about {timedelta(seconds=round(images * seconds / world))}"
-    )
+    ) + (slow if settings["lr"] < usual / 10 else "")
 
 
 def train(run: argparse.Namespace, given: dict) -> int:

@@ -209,25 +209,34 @@ def test_held_out_loss_is_fixed(shapes):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_make_the_steps_of_one(tmp_path, shapes):
-    """Gradients to float32 rounding: the norms of the first step, and the weights after three of them. With AdamW: Muon
-    rounds its updates to bfloat16."""
-    flags = ["--data", shapes, "--steps", 3, *TINY, "--optimizer", "adamw", "--log-every", 1, "--eval-every", 3]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_make_the_steps_of_one(tmp_path, shapes, monkeypatch, optimizer):
+    """Gradients to float32 rounding: the norms of the first step, and the weights after three of them. Muon's updates
+    are not rounded to bfloat16 here."""
+    monkeypatch.setattr(sample, "has_bf16", lambda device: False)
+    flags = ["--data", shapes, "--steps", 3, *TINY, "--optimizer", optimizer, "--log-every", 1, "--eval-every", 3]
     for name, more in (("one", []), ("parts", ["--accumulate", 4])):
         assert train.main([*map(str, [*flags, *more]), "--out", str(tmp_path / name)]) == 0
     launched = command(*flags, "--out", tmp_path / "two", processes=2)
-    made = subprocess.run(launched, env=environment(), capture_output=True, text=True)
+    code = "import sys, sample, train; sample.has_bf16 = lambda device: False; sys.exit(train.main(sys.argv[1:]))"
+    (tmp_path / "float32.py").write_text(code)
+    launched[launched.index(next(part for part in launched if str(part).endswith("train.py")))] = (
+        tmp_path / "float32.py"
+    )
+    variables = environment() | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    made = subprocess.run(launched, env=variables, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     one, two, parts = (metrics(tmp_path / name) for name in ("one", "two", "parts"))
     for other in (two, parts):
         assert len(other) == len(one) == 4
         for a, b in zip(one, other, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
-    states = [train.load_checkpoint(tmp_path / name)["adamw"]["state"] for name in ("one", "two", "parts")]
-    for i, moments in states[0].items():  # the mean of the gradients so far
-        scale = moments["exp_avg"].abs().max()
-        for other in states[1:]:
-            assert (moments["exp_avg"] - other[i]["exp_avg"]).abs().max() <= 1e-4 * scale + 1e-9
+    saved = [train.load_checkpoint(tmp_path / name) for name in ("one", "two", "parts")]
+    for kind, moment in (("adamw", "exp_avg"), *([("muon", "momentum")] if optimizer == "muon" else [])):
+        for i, moments in saved[0][kind]["state"].items():  # the mean of the gradients so far
+            scale = moments[moment].abs().max()
+            for other in saved[1:]:
+                assert (moments[moment] - other[kind]["state"][i][moment]).abs().max() <= 1e-4 * scale + 1e-9
 
 
 def test_two_processes_and_data_that_cannot_be_read(tmp_path):
@@ -589,6 +598,22 @@ def test_presets(capsys):
     assert parameters["classic"] == 113_673_219  # the diffusers butterfly tutorial's
     assert schedule.prediction_type == "epsilon"
     assert parameters["nano"] < parameters["small"] < parameters["base"] < parameters["classic"]
+
+
+@pytest.mark.parametrize(
+    "flags,rate",
+    [([], 0.01), (["--optimizer", "adamw"], 1e-3), (["--preset", "classic"], 1e-4), (["--lr", "0.5"], 0.5)],
+)
+def test_the_learning_rate_is_the_optimizers_own(flags, rate):
+    run, given = train.parse_arguments(flags)
+    assert train.resolve(run, given, None, torch.device("cpu"))["lr"] == rate
+
+
+def test_a_learning_rate_far_below_the_usual_is_said_to_be(fit, tmp_path, capsys):
+    assert fit(tmp_path / "a", "--lr", "1e-4", steps=1) == 0
+    assert "--lr 0.0001 is far below muon's default of 0.01" in capsys.readouterr().out
+    assert fit(tmp_path / "b", "--lr", "1e-3", steps=1) == 0
+    assert "far below" not in capsys.readouterr().out
 
 
 def test_the_device_decides_and_says_so(tmp_path, capsys, shapes, monkeypatch):
