@@ -4,8 +4,9 @@
     python -m benchmarks.quality --seconds 600 --data FOLDER         images of your own
 
 The classic network is made for 128 px; at 32 px it is scaled to the one of CIFAR-10 (Ho et al. 2020), and its recipe
-is also given nano's network. Its warm-up is a tenth of its steps. A short run of each measures its speed and sets its
-number of steps; all are drawn from with the same sampler and compared with the same images.
+is also given nano's network. The tutorial's own program draws from the last weights; each is also given nano's average.
+Warm-up is a tenth of the steps. A short run of each measures its speed and sets its number of steps; all are drawn from
+with the same sampler and compared with the same images.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from monitor import is_drawn
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZED = ["--size", "32", "--classes"]
 CLASSIC = ["--preset", "classic", *SIZED]
@@ -24,6 +27,7 @@ NANO = ["--channels", "32,64,128", "--attention", "8", "--layers", "1", "--head-
 RECIPES = {
     "classic, network of CIFAR-10": [*CLASSIC, *CIFAR],
     "classic, network of nano": [*CLASSIC, *NANO],
+    "classic, network of nano, averaged": [*CLASSIC, *NANO, "--ema", "500000"],
     "nano": ["--preset", "nano", *SIZED],
 }
 
@@ -38,7 +42,10 @@ def train(out: Path, flags: list[str], steps: int, every: int) -> float:
     watch[1] = "10"
     run("train.py", *flags, "--steps", str(steps), "--warmup", str(steps // 10), *watch, "--out", str(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return sum(10 * 16 / line["images_per_second"] for line in lines if "images_per_second" in line)
+    lines = [line for line in lines if "images_per_second" in line]
+    starts = [0, *(line["images"] for line in lines)]
+    parts = zip(starts, lines, strict=False)
+    return sum((line["images"] - start) / line["images_per_second"] for start, line in parts)
 
 
 def main() -> None:
@@ -53,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, flags in RECIPES.items():
             flags = [*flags, "--data", args.data, "--seed", str(args.seed)]
-            flags = flags if args.data.startswith("drawn") else [flag for flag in flags if flag != "--classes"]
+            flags = flags if is_drawn(args.data) else [flag for flag in flags if flag != "--classes"]
             folder = Path(scratch) / name.replace(" ", "-")
             probe = train(folder / "probe", flags, 30, 1000)
             steps = round(args.seconds / probe * 30)

@@ -3,15 +3,17 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.speed                   all rows, about half an hour on two cores
     python -m benchmarks.speed --rows 3,4        some rows
-    python -m benchmarks.speed --model FOLDER    the model of the rows that draw with a trained one
 
-Each figure is the least, the median and the greatest of at least five repetitions; the contenders of a row take turns.
-Where a figure is extrapolated from fewer steps, its name says so.
+Each figure is the least, the median and the greatest of at least five repetitions; the contenders of a row take turns,
+with the same number of threads. Where a figure is extrapolated from fewer steps, its name says so. Peers get their data
+as tensors in memory, as ours is: what their scripts spend on reading and augmenting images is not counted. Memory is
+the greatest resident size of a process of its own (Linux).
 """
 
 import argparse
 import copy
 import io
+import itertools
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import data
 import ddpm
@@ -69,8 +73,8 @@ def times(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return seconds
 
 
-def our_network(config: dict, precision: str = "bf16") -> unet.UNet:
-    network = unet.UNet(unet.UNetConfig(**config))
+def prepared(network: unet.UNet, precision: str = "bf16") -> unet.UNet:
+    """As sample.py draws with it."""
     sample.prepare(network, torch.device("cpu"), precision)
     network.fuse()
     return network
@@ -82,17 +86,31 @@ def peer_network(config: dict):
     return UNet2DModel(**config).eval().requires_grad_(False)
 
 
+def same_network(peer, precision: str = "bf16") -> unet.UNet:
+    """Ours with the weights of a UNet2DModel."""
+    config = unet.UNetConfig.from_dict(dict(peer.config))
+    weights = {name: tensor.float().clone() for name, tensor in peer.state_dict().items()}
+    return prepared(unet.build(config, weights), precision)
+
+
+def check_same(contenders: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """RuntimeError unless all give the first one's output, to the rounding of bf16."""
+    first, *others = (work().float() for work in contenders.values())
+    for other in others:
+        if (error := float((other - first).norm() / first.norm())) > 0.05:
+            raise RuntimeError(f"the outputs differ by {error:.1%}")
+    return contenders
+
+
 def preset_network(name: str) -> tuple[unet.UNet, ddpm.Schedule, int]:
     settings = train.DEFAULTS | train.PRESETS[name]
     config, schedule = train.design(settings, ())
-    network = unet.UNet(config)
-    sample.prepare(network, torch.device("cpu"), "bf16")
-    network.fuse()
-    return network, schedule, settings["size"]
+    return prepared(unet.UNet(config)), schedule, settings["size"]
 
 
-def call(network, size: int, batch: int = 1) -> Callable[[], object]:
-    x, t = torch.randn(batch, 3, size, size), torch.full((batch,), 500)
+def call(network, size: int, batch: int = 1) -> Callable[[], Tensor]:
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.full((batch,), 500)
 
     @torch.inference_mode()
     def work():
@@ -142,7 +160,7 @@ def row_1(repeats: int) -> dict:
 
 def row_2(repeats: int) -> dict:
     """The same 113.7M network, one image of 128 px: DDPMPipeline 1000 steps / ours at the default steps."""
-    model = our_model(our_network(BUTTERFLY), ddpm.Schedule())
+    model = our_model(same_network(peer_network(BUTTERFLY)), ddpm.Schedule())
     found = times({"peer": their_draw(TIMED_STEPS), "ours": our_draw(model, 1)}, repeats)
     return {
         "DDPMPipeline, 1000 steps, extrapolated": [value * 1000 / TIMED_STEPS for value in found["peer"]],
@@ -151,31 +169,42 @@ def row_2(repeats: int) -> dict:
 
 
 def row_3(repeats: int) -> dict:
-    """One call of the 113.7M network at 128 px, one image: UNet2DModel as users run it, float32 / ours."""
-    peer, ours = peer_network(BUTTERFLY), our_network(BUTTERFLY)
-    return times({"UNet2DModel, float32": call(peer, 128), "ours": call(ours, 128)}, 3 * repeats)
+    """One call of the 113.7M network at 128 px, same weights: UNet2DModel as users run it, float32 / ours."""
+    peer = peer_network(BUTTERFLY)
+    contenders = {
+        "UNet2DModel, float32": call(peer, 128),
+        "ours, bf16": call(same_network(peer), 128),
+        "ours, float32": call(same_network(peer, "fp32"), 128),
+    }
+    return times(check_same(contenders), 3 * repeats)
 
 
 def row_4(repeats: int) -> dict:
     """The same call, the peer at its best: bf16, channels_last."""
-    peer = peer_network(BUTTERFLY).to(torch.bfloat16, memory_format=torch.channels_last)
-    return times({"UNet2DModel, bf16": call(peer, 128), "ours": call(our_network(BUTTERFLY), 128)}, 3 * repeats)
+    peer = peer_network(BUTTERFLY)
+    ours = same_network(peer)
+    peer.to(torch.bfloat16, memory_format=torch.channels_last)
+    return times(check_same({"UNet2DModel, bf16": call(peer, 128), "ours, bf16": call(ours, 128)}), 3 * repeats)
 
 
 def row_4_compiled(repeats: int) -> dict:
     """The same call, both compiled."""
-    peer = peer_network(BUTTERFLY).to(torch.bfloat16, memory_format=torch.channels_last)
-    ours = our_network(BUTTERFLY)
-    peer.compile(), ours.compile()
-    return times({"UNet2DModel, bf16, compiled": call(peer, 128), "ours, compiled": call(ours, 128)}, 3 * repeats)
+    peer = peer_network(BUTTERFLY)
+    ours = same_network(peer)
+    peer.to(torch.bfloat16, memory_format=torch.channels_last)
+    peer.compile()
+    sample.compile_for_drawing(ours, 1)
+    contenders = {"UNet2DModel, bf16, compiled": call(peer, 128), "ours, bf16, compiled": call(ours, 128)}
+    return times(check_same(contenders), 3 * repeats)
 
 
 def training_data(count: int = 2048) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def their_training(batch: int, best: bool) -> Callable[[], object]:
-    """A step of diffusers' unconditional script, without accelerate: float32, or bf16 autocast and channels_last."""
+def their_training(best: bool) -> Callable[[], object]:
+    """A step of diffusers' unconditional script, without accelerate: float32, its AdamW and EMA; or at its best, with
+    bf16 autocast, channels_last, fused AdamW and foreach EMA."""
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -183,18 +212,18 @@ def their_training(batch: int, best: bool) -> Callable[[], object]:
     if best:
         network.to(memory_format=torch.channels_last)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True)
+    options = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8, "fused": best}
+    optimizer = torch.optim.AdamW(network.parameters(), **options)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, foreach=best)
     images = data.to_float(training_data())
-    loader = iter(torch.utils.data.DataLoader(images.repeat(50, 1, 1, 1), batch_size=batch, shuffle=True))
 
     def work():
-        clean = next(loader)
+        clean = images[torch.randint(len(images), (BATCH,))]
         noise = torch.randn(clean.shape)
-        t = torch.randint(0, 1000, (batch,))
+        t = torch.randint(0, 1000, (BATCH,))
         with torch.autocast("cpu", torch.bfloat16, enabled=best):
             output = network(scheduler.add_noise(clean, noise, t), t).sample
-        loss = torch.nn.functional.mse_loss(output.float(), noise)
+        loss = F.mse_loss(output.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -205,107 +234,132 @@ def their_training(batch: int, best: bool) -> Callable[[], object]:
     return work
 
 
-def our_training(batch: int, changes: dict) -> Callable[[], object]:
+def lucidrains_training(best: bool) -> Callable[[], object]:
+    """A step of denoising-diffusion-pytorch's Trainer, without accelerate: float32, EMA every 10 steps; or at its best,
+    with bf16 autocast, channels_last and fused Adam."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    peer = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=False), image_size=32, timesteps=1000)
+    if best:
+        peer.to(memory_format=torch.channels_last)
+    average, images = copy.deepcopy(peer), training_data().float() / 255
+    optimizer = torch.optim.Adam(peer.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=best)
+    steps = itertools.count()
+
+    def work():
+        with torch.autocast("cpu", torch.bfloat16, enabled=best):
+            loss = peer(images[torch.randint(len(images), (BATCH,))])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if next(steps) % 10 == 0:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(peer.parameters()), 0.005)
+        return loss.item()
+
+    return work
+
+
+def our_training(changes: dict) -> Callable[[], object]:
     """A step of train.py's loop, its data, optimizer and EMA included."""
-    settings = train.DEFAULTS | {"batch_size": batch, "optimizer": "adamw", "precision": "bf16", "compile": False}
-    settings |= changes
+    settings = train.DEFAULTS | {"batch_size": BATCH, "precision": "bf16"} | changes
+    settings["lr"] = train.RATES[settings["optimizer"]]
     config, schedule = train.design(settings, ())
     network = unet.UNet(config).to(memory_format=torch.channels_last)
     device = torch.device("cpu")
     state = train.State(network, settings, device)
     images = training_data().numpy()
-    dataset = SimpleNamespace(images=images, labels=None)
     table = ddpm.training_table(schedule).float()
     cdf = ddpm.timestep_cdf(schedule, settings["density"], settings["density_mean"], settings["density_std"])
+    dataset = SimpleNamespace(images=images, labels=None)
     batches = train.Batches(dataset, np.arange(len(images)), settings, None, cdf, device, 0, 1)
-    scaler = state.scaler
 
     def autocast():
         return torch.autocast("cpu", torch.bfloat16)
 
     def work():
         part = batches(state.step)
-        state.update(train.backward(network, table, part, 1, autocast, scaler, nullcontext), settings)
+        state.update(train.backward(network, table, part, 1, autocast, state.scaler, nullcontext), settings)
 
     return work
 
 
+BATCH = 16
+# The network of CIFAR-10, and one as large as lucidrains' of dim 64: 35.7M parameters, 3.65 GFLOP.
 CIFAR_SETTINGS = {"size": 32, "channels": [128, 256, 256, 256], "attention": [16], "layers": 2, "head_dim": 8,
                   "groups": 32, "prediction": "epsilon", "density": "uniform"}  # fmt: skip
+LUCIDRAINS_SETTINGS = {"size": 32, "channels": [64, 128, 256, 448], "attention": [4], "layers": 1, "head_dim": 32,
+                       "groups": 8}  # fmt: skip
+TRAININGS = {
+    "diffusers, float32": "their_training(False)",
+    "diffusers, bf16, channels_last, fused": "their_training(True)",
+    "ours, AdamW": "our_training(CIFAR_SETTINGS | {'optimizer': 'adamw'})",
+    "ours, Muon": "our_training(CIFAR_SETTINGS)",
+}
 
 
-def images_a_second(found: dict[str, list[float]], batch: int) -> dict[str, list[float]]:
-    return {name: [batch / value for value in values] for name, values in found.items()}
+def images_a_second(contenders: dict, repeats: int) -> dict[str, list[float]]:
+    return {name: [BATCH / value for value in values] for name, values in times(contenders, repeats).items()}
 
 
 def row_5(repeats: int) -> dict:
     """Training images a second, the network of CIFAR-10, batch 16: diffusers' script's loop / ours."""
-    contenders = {
-        "diffusers, float32": their_training(16, False),
-        "diffusers, bf16, channels_last": their_training(16, True),
-        "ours": our_training(16, CIFAR_SETTINGS),
-    }
-    return images_a_second(times(contenders, repeats), 16)
+    return images_a_second({name: eval(maker) for name, maker in TRAININGS.items()}, repeats)
+
+
+def row_5_memory(repeats: int) -> dict:
+    """Peak MiB of a process that trains so, three steps."""
+    code = "from benchmarks.speed import *; work = {}; work(), work(), work()"
+    return {name: [memory_of(code.format(maker)) for _ in range(repeats)] for name, maker in TRAININGS.items()}
 
 
 def row_5_lucidrains(repeats: int) -> dict:
     """Training images a second, batch 16, 32 px: denoising-diffusion-pytorch's network and loop / ours of its size."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-
-    peer = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=False), image_size=32, timesteps=1000)
-    average, images = copy.deepcopy(peer), training_data().float() / 255
-    optimizer = torch.optim.Adam(peer.parameters(), lr=1e-4, betas=(0.9, 0.99))
-
-    def work():
-        loss = peer(images[torch.randint(len(images), (16,))])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), peer.parameters(), strict=True):
-                kept.lerp_(new, 0.005)
-        return loss.item()
-
-    ours = {"size": 32, "channels": [128, 256, 256, 256], "attention": [16], "layers": 2, "head_dim": 32}
-    return images_a_second(times({"lucidrains, float32": work, "ours": our_training(16, ours)}, repeats), 16)
+    contenders = {
+        "lucidrains, float32": lucidrains_training(False),
+        "lucidrains, bf16, channels_last, fused": lucidrains_training(True),
+        "ours, AdamW": our_training(LUCIDRAINS_SETTINGS | {"optimizer": "adamw"}),
+        "ours, Muon": our_training(LUCIDRAINS_SETTINGS),
+    }
+    return images_a_second(contenders, repeats)
 
 
-def peak() -> float:
-    """Measured bf16 GFLOP/s: the best of a large product and of a large convolution."""
-    a, x = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(8, 192, 32, 32, dtype=torch.bfloat16)
-    weight = torch.randn(192, 192, 3, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last)
-    found = times({"product": lambda: a @ a, "conv": lambda: F.conv2d(x, weight, padding=1)}, 20)
-    work = {"product": 2 * 2048**3, "conv": 2 * 8 * 192 * 192 * 9 * 32 * 32}
-    return max(work[name] / min(values) / 1e9 for name, values in found.items())
+def peak() -> dict[str, tuple[Callable[[], object], int]]:
+    """What the machine can do in bf16: a large product and large convolutions, and their floating-point operations."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    work = {"product": (lambda: a @ a, 2 * 2048**3)}
+    for width, side in ((128, 64), (192, 32), (256, 32)):
+        x = torch.randn(8, width, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        weight = torch.randn(width, width, 3, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        convolve = partial(F.conv2d, x, weight, padding=1)
+        work[f"convolution of {width} channels, {side} px"] = convolve, 2 * 8 * width**2 * 9 * side**2
+    return work
 
 
 def row_7(repeats: int) -> dict:
-    """GFLOP/s reached while drawing at 128 px, beside the measured peak of bf16."""
+    """Share of the measured bf16 peak (the best of a product and three convolutions) that drawing at 128 px reaches."""
     network, schedule, size = preset_network("base")
-    loops = {
-        "classic, batch 1": (our_model(our_network(BUTTERFLY), ddpm.Schedule()), 1),
-        "base, batch 1": (our_model(network, schedule), 1),
-        "base, batch 8": (our_model(network, schedule), 8),
-    }
-    found = times({name: our_draw(model, count, 5) for name, (model, count) in loops.items()}, repeats)
-    rates = {"peak": [peak()]}
+    classic = our_model(prepared(unet.UNet(unet.UNetConfig(**BUTTERFLY))), ddpm.Schedule())
+    base = our_model(network, schedule)
+    loops = {"classic, batch 1": (classic, 1), "base, batch 1": (base, 1), "base, batch 8": (base, 8)}
+    limits = peak()
+    contenders = {name: our_draw(model, count, 5) for name, (model, count) in loops.items()}
+    found = times(contenders | {name: work for name, (work, _) in limits.items()}, repeats)
+    rates = {name: [flop / value / 1e9 for value in found[name]] for name, (_, flop) in limits.items()}
+    best = max(max(values) for values in rates.values())
     for name, (model, count) in loops.items():
         gflop = 5 * count * unet.flops(model.network.config, (size, size)) / 1e9
-        rates[name] = [gflop / value for value in found[name]]
+        rates[f"{name}: % of the peak"] = [100 * gflop / value / best for value in found[name]]
     return rates
 
 
-def draw_in_a_process(folder: Path, *flags: str) -> tuple[float, float]:
-    """Seconds and peak MiB of `python sample.py` from its start."""
-    begin = time.perf_counter()
-    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder), "--out", f"{folder}/out.png", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{command} failed")
-    return time.perf_counter() - begin, usage.ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+def memory_of(code: str) -> float:
+    """Peak resident MiB of a new Python process that runs this."""
+    code += "; print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return int(done.stdout.split()[-2]) / 1024
 
 
 def row_8(repeats: int) -> dict:
@@ -315,41 +369,50 @@ def row_8(repeats: int) -> dict:
         config, schedule = train.design(train.DEFAULTS | train.PRESETS[name], ())
         with tempfile.TemporaryDirectory() as folder:
             sample.save_model(Path(folder), unet.UNet(config), schedule)
-            found[name] = [draw_in_a_process(Path(folder), "-n", "1", "--steps", "2")[1] for _ in range(repeats)]
+            flags = ["--model", folder, "--out", f"{folder}/out.png", "-n", "1", "--steps", "2"]
+            found[name] = [memory_of(f"import sample; assert sample.main({flags}) == 0") for _ in range(repeats)]
     return found
 
 
 def row_9(repeats: int) -> dict:
-    """Seconds of `python sample.py -n 8` with the model in the box, from the start of the process."""
-    command = [sys.executable, "sample.py", "-n", "8", "--out", os.devnull + ".png"]
+    """Seconds of `python sample.py -n 8` in a fresh clone, with the model in the box, from the start of the process."""
     with tempfile.TemporaryDirectory() as folder:
-        command[-1] = f"{folder}/samples.png"
-        return times(
-            {"sample.py -n 8": lambda: subprocess.run(command, cwd=ROOT, capture_output=True, check=True)}, repeats
-        )
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
+
+        def draw():
+            subprocess.run([sys.executable, "sample.py", "-n", "8"], cwd=folder, capture_output=True, check=True)
+
+        return times({"sample.py -n 8": draw}, repeats)
+
+
+CURVES = [(size, 1, 10) for size in (32, 64, 128, 256)] + [(128, batch, 10) for batch in (2, 4, 8, 16)]
+CURVES += [(128, 1, steps) for steps in (5, 20, 50)]
+
+
+def curve_draw(size: int, batch: int, steps: int) -> Callable[[], object]:
+    """A draw by preset base's network at another size."""
+    network, schedule, _ = preset_network("base")
+    network.config = replace(network.config, sample_size=size // network.config.patch_size)
+    return our_draw(our_model(network, schedule), batch, steps)
 
 
 def row_10(repeats: int) -> dict:
     """Seconds of a draw by preset base's network against size, batch and steps, one of them changed at a time."""
-    network, schedule, _ = preset_network("base")
-    contenders = {}
-    for size, batch, steps in (
-        [(s, 1, 10) for s in (32, 64, 128, 256)]
-        + [(128, b, 10) for b in (2, 4, 8, 16)]
-        + [(128, 1, s) for s in (5, 20, 50)]
-    ):
-        config = replace(network.config, sample_size=size // network.config.patch_size)
-        sized = copy.copy(network)
-        sized.config = config
-        contenders[f"{size} px, batch {batch}, {steps} steps"] = our_draw(our_model(sized, schedule), batch, steps)
-    return times(contenders, repeats)
+    return times({"{} px, batch {}, {} steps".format(*point): curve_draw(*point) for point in CURVES}, repeats)
 
 
-ROWS = {"1": (row_1, "s"), "2": (row_2, "s"), "3": (row_3, "s"), "4": (row_4, "s"), "4c": (row_4_compiled, "s"),
-        "5": (row_5, "images/s"), "5l": (row_5_lucidrains, "images/s"), "7": (row_7, "GFLOP/s"), "8": (row_8, "MiB"),
-        "9": (row_9, "s"), "10": (row_10, "s")}  # fmt: skip
+def row_10_memory(repeats: int) -> dict:
+    """Peak MiB of a process that does so."""
+    code = "from benchmarks.speed import *; curve_draw(*{})()"
+    return {"{} px, batch {}, {} steps".format(*point): [memory_of(code.format(point))] for point in CURVES}
 
-WITH_PEER = {"1", "2", "3", "4", "4c", "5", "5l"}  # rows whose first contender is a peer
+
+ROWS = {
+    "1": (row_1, "s"), "2": (row_2, "s"), "3": (row_3, "s"), "4": (row_4, "s"), "4c": (row_4_compiled, "s"),
+    "5": (row_5, "images/s"), "5l": (row_5_lucidrains, "images/s"), "5m": (row_5_memory, "MiB"),
+    "7": (row_7, "GFLOP/s"), "8": (row_8, "MiB"), "9": (row_9, "s"), "10": (row_10, "s"), "10m": (row_10_memory, "MiB"),
+}  # fmt: skip
+WITH_PEER = {"1", "2", "3", "4", "4c", "5", "5l", "5m"}  # rows whose first contender is a peer
 
 
 def machine() -> dict:
@@ -379,8 +442,8 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help="numbers with commas between (default: all)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="at least 5 for a result (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/speed", help="of .json and .md (default: %(default)s)"
     )
@@ -390,10 +453,14 @@ def main() -> None:
         work, unit = ROWS[args.one]
         json.dump({"what": work.__doc__, "unit": unit, "values": work(args.repeats)}, sys.stdout)
         return
+    if unknown := set(args.rows.split(",")) - ROWS.keys():
+        parser.error(f"--rows: there is no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
+    sample.set_threads()
+    pinned = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     results = {}
-    for name in args.rows.split(",") if args.rows else ROWS:
+    for name in args.rows.split(","):
         command = [sys.executable, "-m", "benchmarks.speed", "--one", name, "--repeats", str(args.repeats)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, env=pinned, check=True, text=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{results[name]['what']}\n{markdown({name: results[name]})}", flush=True)
     record = {"machine": machine(), "rows": results}
