@@ -313,8 +313,22 @@ def report_quality(args: argparse.Namespace) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+QUALITY = {
+    "quality": {
+        "-n": (1000, sample.whole_number(3, 1_000_000), "images to draw, or to take"),
+        "--real": (None, str, "folder, parquet file, hub id or drawn:N:SEED (default: what a run held out, or fresh "
+                   "butterflies where it was trained on drawn ones)"),
+        "--train": (None, str, "what was trained on, for near-copies (default: a run's own)"),
+        "--size": (None, sample.whole_number(8, 1024), "side to scale images to (default 64; models have their own)"),
+        "--seed": (0, sample.whole_number(0), "of the first image drawn"),
+        "--json": (None, Path, "write the numbers here too"),
+        "--device": (None, str, "cpu, cuda or mps (default: the fastest there is)"),
+    },
+}  # fmt: skip
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="monitor.py", allow_abbrev=False, description="Judge images and models.")
+    parser = argparse.ArgumentParser("monitor.py", allow_abbrev=False, description="Judge images and models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser(
         "quality",
@@ -323,37 +337,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "and the number of near-copies of training images.",
     )
     command.set_defaults(work=report_quality)
-    command.add_argument(
-        "subject",
-        nargs="?",
-        metavar="SUBJECT",
-        help="a run, a model folder, or images as for --real (default: the newest run)",
-    )
-    command.add_argument(
-        "-n",
-        type=sample.whole_number(3, 1_000_000),
-        default=1000,
-        metavar="N",
-        help="images to draw, or to take (default 1000)",
-    )
-    command.add_argument(
-        "--real",
-        metavar="DATA",
-        help="folder, parquet file, hub id or drawn:N:SEED (default: what a run held out, or fresh butterflies where "
-        "it was trained on drawn ones)",
-    )
-    command.add_argument("--train", metavar="DATA", help="what was trained on, for near-copies (default: a run's own)")
-    command.add_argument(
-        "--size",
-        type=sample.whole_number(8, 1024),
-        metavar="N",
-        help="side that images are scaled to (default 64; models have their own)",
-    )
-    command.add_argument(
-        "--seed", type=sample.whole_number(0), default=0, metavar="N", help="of the first image drawn (default 0)"
-    )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    command.add_argument("--device", metavar="NAME", help="cpu, cuda or mps (default: the fastest there is)")
+    command.add_argument("subject", nargs="?", metavar="SUBJECT", help="a run, a model folder, or images as for --real "
+                         "(default: the newest run)")  # fmt: skip
+    sample.add_flags(command, QUALITY)
     return parser.parse_args(argv)
 
 

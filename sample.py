@@ -389,112 +389,59 @@ def real(least: float, most: float = math.inf):
     return parse
 
 
+# flag: (default, argparse type or choices or bool, one sentence, what else argparse is told), by group
+FLAGS = {
+    "what to draw": {
+        "-n": (8, whole_number(1, 1_000_000), "number of images"),
+        "--model": (None, str, "a run, a model folder or a diffusers folder (default: the newest run, or the model "
+                    "in the box)"),
+        "--class": (None, str, "names or numbers with commas between, or all: a row of n images of each (default: "
+                    "the classes in turn; of a picture, none)", {"dest": "classes"}),
+        "--guidance": (1.0, real(0, 1000), "how much of a class: 1 as trained, 0 nothing of it, 2 or 3 exaggerate it"),
+        "--seed": (None, whole_number(0), "of the first image; image i is that of seed + i (default 0)"),
+        "--out": (None, Path, "file to write, or folder with --each (default samples.png, samples/)"),
+        "--from": (None, Path, "draw variations of this picture: noised up to --strength, then denoised",
+                   {"dest": "picture"}),
+        "--strength": (None, real(0.001, 1), "how far to noise it: 1 leaves nothing (default 0.6; with --mask 1)"),
+        "--mask": (None, Path, "fill the white part (128 of 255 and above) of this mask, of the size of --from, anew "
+                   "and leave the rest as it is"),
+        "--walk": (None, whole_number(0), "draw n images on the way from seed A to seed B",
+                   {"nargs": 2, "metavar": ("A", "B")}),
+        "--film": (None, Path, "write the denoising, or the walk, as an animated .png or .gif too"),
+        "--scale": (1, whole_number(1, 64), "enlarge each pixel to N x N, to look at"),
+        "--each": (False, bool, "each image in a file of its own, named by class and seed, or by place in a walk"),
+    },
+    "how to draw": {
+        "--sampler": (ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "how the steps are made"),
+        "--steps": (None, whole_number(1), f"calls of the network an image (default {ddpm.DEFAULT_STEPS}; ddpm: as "
+                    "many as in training)"),
+        "--spacing": (None, ddpm.SPACINGS, "which timesteps to visit (default trailing; ddpm: as the model's "
+                      "scheduler_config.json says)"),
+        "--eta": (0.0, float, "noise added by the sampler ddim, 0 to 1"),
+    },
+    "machine": {
+        "--device": (None, str, "cpu, cuda or mps (default: the fastest there is)"),
+        "--precision": (None, tuple(PRECISIONS), "default: bf16 where the hardware has it, else fp32"),
+        "--batch-size": (None, whole_number(1, 65536), "images drawn at once (default 8)"),
+        "--compile": (False, bool, "torch.compile the network: minutes the first time, seconds later"),
+        "--exact": (False, bool, f"the same bits whatever an image is drawn with: batches padded to {EXACT_BATCH}"),
+    },
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: dict) -> None:
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for flag, (default, kind, sentence, *more) in rows.items():
+            how = {"type": kind, "metavar": {str: "NAME", Path: "PATH"}.get(kind, "N")}
+            how = {"choices": kind} if isinstance(kind, tuple) else {"action": "store_true"} if kind is bool else how
+            shown = f" (default {default})" if default not in (None, False) else ""
+            group.add_argument(flag, default=default, help=sentence + shown, **how | dict(*more))
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", allow_abbrev=False, description="Draw images from a trained model."
-    )
-    what = parser.add_argument_group("what to draw")
-    what.add_argument(
-        "-n", type=whole_number(1, 1_000_000), default=8, metavar="N", help="number of images (default 8)"
-    )
-    what.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="a run, a model folder or a diffusers folder (default: the newest run, or the model in the box)",
-    )
-    what.add_argument(
-        "--class",
-        dest="classes",
-        metavar="NAMES",
-        help="draw these classes, a row of n images each: names or numbers with commas between, or all (default: the "
-        "classes in turn; of a picture, none)",
-    )
-    what.add_argument(
-        "--guidance",
-        type=real(0, 1000),
-        default=1.0,
-        metavar="X",
-        help="how much of a class: 1 as trained, 0 nothing of it, 2 or 3 more than real ones have (default 1)",
-    )
-    what.add_argument(
-        "--seed",
-        type=whole_number(0),
-        metavar="N",
-        help="of the first image; image i is that of seed + i, whatever n and the batch size are (default 0)",
-    )
-    what.add_argument(
-        "--out", type=Path, metavar="PATH", help="file to write, or folder with --each (default samples.png, samples/)"
-    )
-    what.add_argument(
-        "--from",
-        dest="picture",
-        type=Path,
-        metavar="PICTURE",
-        help="draw variations of this picture: noised up to --strength, then denoised",
-    )
-    what.add_argument(
-        "--strength", type=real(0.001, 1), metavar="X", help="how far to noise it: 1 leaves nothing (default 0.6)"
-    )
-    what.add_argument(
-        "--mask",
-        type=Path,
-        metavar="PICTURE",
-        help="fill the white part (128 of 255 and above) of this mask, of the size of --from, anew and leave the rest "
-        "as it is (--strength: default 1)",
-    )
-    what.add_argument(
-        "--walk",
-        type=whole_number(0),
-        nargs=2,
-        metavar=("A", "B"),
-        help="draw n images on the way from seed A to seed B",
-    )
-    what.add_argument(
-        "--film",
-        type=Path,
-        metavar="FILE",
-        help="write the denoising, or the walk, as an animated .png or .gif too",
-    )
-    what.add_argument(
-        "--scale", type=whole_number(1, 64), default=1, metavar="N", help="enlarge each pixel to N x N, to look at"
-    )
-    what.add_argument(
-        "--each",
-        action="store_true",
-        help="write each image to a file of its own, named by seed, by class and seed, or by place in a walk",
-    )
-    how = parser.add_argument_group("how to draw")
-    how.add_argument("--sampler", choices=ddpm.SAMPLERS, default=ddpm.DEFAULT_SAMPLER, help="default %(default)s")
-    how.add_argument(
-        "--steps",
-        type=whole_number(1),
-        metavar="N",
-        help=f"calls of the network an image (default {ddpm.DEFAULT_STEPS}; ddpm: as many as in training)",
-    )
-    how.add_argument(
-        "--spacing",
-        choices=ddpm.SPACINGS,
-        help="which timesteps to visit (default trailing; ddpm: as the model's scheduler_config.json says)",
-    )
-    how.add_argument(
-        "--eta", type=float, default=0.0, metavar="X", help="noise added by the sampler ddim, 0 to 1 (default 0)"
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", metavar="NAME", help="cpu, cuda or mps (default: the fastest there is)")
-    machine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where the hardware has it, else fp32")
-    machine.add_argument(
-        "--batch-size", type=whole_number(1, 65536), metavar="N", help="images drawn at once (default 8)"
-    )
-    machine.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network: minutes the first time, seconds later, worth it for many images",
-    )
-    machine.add_argument(
-        "--exact",
-        action="store_true",
-        help=f"the same bits for an image whatever it is drawn with: each batch padded to {EXACT_BATCH}",
-    )
+    parser = argparse.ArgumentParser("sample.py", allow_abbrev=False, description="Draw images from a trained model.")
+    add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
 
