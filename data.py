@@ -47,7 +47,9 @@ NEAR_DUPLICATE = 8.0
 
 
 class InputError(ValueError):
-    """Bad input: worth one sentence and exit status 2, no traceback."""
+    """Bad input: worth one sentence and an exit status, no traceback."""
+
+    status = 2
 
 
 @dataclass(frozen=True)
@@ -1049,15 +1051,15 @@ def _link(parents: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Runs a command: 0, or 2 and one sentence on stderr for bad input, or 130 for Ctrl-C."""
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Runs a command: its own status or 0, or 2 and one sentence on stderr for bad input, or 130 for Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     try:
-        work()
+        return work() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except (MemoryError, RuntimeError) as error:
         # A CPU says so in words only; a GPU's torch.OutOfMemoryError is a RuntimeError too.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -1067,7 +1069,6 @@ def exit_status(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def describe(dataset: Dataset, out: Path) -> None:

@@ -12,6 +12,7 @@ of processes changes rounding alone, dropout apart.
 """
 
 import argparse
+import atexit
 import copy
 import hashlib
 import io
@@ -663,8 +664,10 @@ class State:
         return {"step": self.step, "images": images, "lr": learning_rate(settings, self.step - 1)} | means
 
 
-class Diverged(Exception):
-    """The loss or a gradient was not finite: the run ends with exit status 1, its saved files untouched."""
+class Diverged(InputError):
+    """The loss or a gradient was not finite: the run ends, its saved files untouched."""
+
+    status = 1
 
 
 class Stop:
@@ -798,6 +801,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)
     signals = dist.new_group(backend="gloo") if world > 1 else None  # on the CPU: asking does not wait for a GPU
 
     # -- settings and data
@@ -946,20 +950,7 @@ def train(run: argparse.Namespace, given: dict) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     run, given = parse_arguments(argv)
     sample.set_threads()
-    status = 0
-
-    def work():
-        nonlocal status
-        try:
-            status = train(run, given)
-        except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 1
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-
-    return data.exit_status(work) or status
+    return data.exit_status(lambda: train(run, given))
 
 
 if __name__ == "__main__":
