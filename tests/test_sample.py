@@ -19,6 +19,7 @@ from PIL import Image
 
 import data
 import ddpm
+import monitor
 import sample
 import unet
 from tests.conftest import png_text, randomise, status_of
@@ -894,6 +895,31 @@ def test_where_compile_does_not_work_drawing_goes_on_eager(folder, tmp_path, mon
     assert sample.main([*flags, str(tmp_path / "b.png"), "--compile"]) == 0
     assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_model_in_the_box_is_drawn_from_where_there_is_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["-n", "8"]) == 0
+    assert f"{sample.BOX}: 64 px, ipndm, 10 steps" in capsys.readouterr().out
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert np.asarray(picture).std() > 20
+    assert sum(file.stat().st_size for file in sample.BOX.rglob("*")) < 12_000_000
+
+
+def test_the_model_in_the_box_draws_butterflies():
+    """Nearer to fresh specimens than these are when blurred; and diffusers opens it."""
+    model, features = sample.load(sample.BOX), monitor.load_features()
+    assert model.network.config.class_names == tuple(data.prepare("drawn:30", 32, channels=3).classes)
+    labels = torch.randint(15, (75,), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = sample.draw(model, range(75), ddpm.plan(model.schedule), labels, batch_size=25)
+    real = monitor.some(monitor.take(data.prepare("drawn:900:5", 64, channels=3)), 400).pixels
+    blurred = data.to_uint8(torch.nn.functional.avg_pool2d(data.to_float(real), 5, 1, 2, count_include_pad=False))
+    ours, worse = (monitor.quality(features, images, real) for images in (drawn, blurred))
+    assert ours.kid_high < worse.kid_low and ours.kid_low < 0 < ours.kid_high
+    peer = UNet2DModel.from_pretrained(sample.BOX / "unet")
+    x, t, label = torch.randn(2, 3, 64, 64), torch.tensor([900, 20]), torch.tensor([3, 15])
+    with torch.no_grad():
+        assert (peer(x, t, label).sample - model.network(x, t, label)).abs().max() < 1e-4
 
 
 def test_a_fused_network_is_not_saved(folder, tmp_path):
