@@ -1041,7 +1041,7 @@ def test_muon_that_is_held_moves_nothing_then_and_later_goes_on_as_if_nothing_ha
 
 
 def test_who_is_updated_by_whom(shapes):
-    settings = train.DEFAULTS | {"channels": [16, 32], "attention": [8], "size": 16, "head_dim": 16}
+    settings = train.DEFAULTS | {"channels": [16, 32], "attention": [8], "size": 16, "head_dim": 16, "lr": 0.01}
     network = unet.UNet(train.design(settings, ())[0])
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     state = train.State(network, settings, torch.device("cpu"))
