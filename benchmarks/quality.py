@@ -91,8 +91,8 @@ def main() -> None:
     for source in args.data:
         found[source] = {}
         for name, flags in dict(args.recipe or RECIPES).items():
-            flags = [*shlex.split(flags), "--data", source, "--seed", str(args.seed)]
-            flags += ["--classes"] if is_drawn(source) else []
+            common = ["--data", source, "--seed", str(args.seed), *["--classes"] * is_drawn(source)]
+            flags = [*common, *shlex.split(flags)]
             with tempfile.TemporaryDirectory() as scratch:
                 found[source][name] = measure(flags, args.seconds, args.images, Path(scratch))
             print(line(name, found[source][name]), flush=True)
