@@ -86,6 +86,7 @@ def compile_for_drawing(network: unet.UNet, batch: int) -> None:
     kept between runs. Where it does not work, says so and leaves the network as it is."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.cache_folder() / "compile"))
     device, config = network.conv_in.weight.device, network.config
+    network.pack(False)
     x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
     t = torch.zeros(batch, dtype=torch.int64, device=device)
     try:

@@ -174,6 +174,32 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution that can hold its weights as oneDNN's bf16 kernels want them: PyTorch rearranges them in every call
+    otherwise, which takes longer than the convolution where pixels are few. The result is the same to the bit."""
+
+    packed: Tensor | None = None
+
+    def pack(self, packed: bool) -> None:
+        weight = self.weight
+        if self.packed is not None and not packed:
+            weight.data, self.packed = self.packed.to_dense().to(memory_format=torch.channels_last), None
+        elif packed and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_packed_kernels():
+            how = self.padding, self.stride, self.dilation, self.groups
+            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *how)
+            weight.data = weight.new_empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return super().forward(x)
+        how = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *how, "none", [], "")
+
+
+def has_packed_kernels() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Resnet(nn.Module):
     """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv; plus the input through a 1x1 conv if need be."""
 
@@ -183,13 +209,13 @@ class Resnet(nn.Module):
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.scale = scale
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb_channels = out_channels * (2 if self.scale_shift else 1)
         self.time_emb_proj = nn.Linear(time_dim, self.emb_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = zeroed(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, in, H, W) and what `time_emb_proj` made of the time embedding (B, out or 2 out) -> (B, out, H, W)."""
@@ -249,7 +275,7 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
@@ -258,7 +284,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -354,8 +380,8 @@ class UNet(nn.Module):
         return [resnet for block in blocks for resnet in block.resnets]
 
     def fuse(self) -> None:
-        """Prepares for drawing, in place: one product for q, k and v, and one for what all resnets are told of the
-        timestep. The network computes the same to rounding; its state is no longer that of a file."""
+        """Prepares for drawing, in place: one product for q, k and v, one for what all resnets are told of the
+        timestep, packed convolutions. It computes the same to rounding; its state is no longer that of a file."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.to_qkv = stacked([module.to_q, module.to_k, module.to_v])
@@ -363,6 +389,13 @@ class UNet(nn.Module):
         self.to_embs = stacked([resnet.time_emb_proj for resnet in self.resnets()])
         for resnet in self.resnets():
             del resnet.time_emb_proj
+        self.pack(True)
+
+    def pack(self, packed: bool) -> None:
+        """Rearranges the weights of convolutions for drawing on a CPU in bf16, or back, as torch.compile needs them."""
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.pack(packed)
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
         """What each resnet is told of timesteps and labels (B,): (B, its channels) each, in order of use."""

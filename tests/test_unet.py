@@ -258,6 +258,23 @@ def test_fused_for_drawing_is_that_of_diffusers(name):
     assert not any("to_q." in key or "time_emb_proj" in key for key in ours.state_dict())
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_convolutions_give_the_same_bits(name):
+    _, ours, x, t, labels = pair(name)
+    ours.to(dtype=torch.bfloat16, memory_format=torch.channels_last).fuse()
+    weights = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    inner = [module for module in ours.modules() if isinstance(module, unet.Conv2d)]
+    assert inner and all((module.packed is not None) == unet.has_packed_kernels() for module in inner)
+    with torch.no_grad():
+        packed = ours(x, t, labels)
+        ours.pack(False)
+        assert all(module.packed is None and module.weight.numel() for module in inner)
+        assert torch.equal(ours(x, t, labels), packed)
+        ours.pack(True)
+        assert torch.equal(ours(x, t, labels), packed)
+    assert {key: tensor.shape for key, tensor in ours.state_dict().items()} == weights
+
+
 def test_labels_are_needed_exactly_where_there_are_classes():
     x, t = torch.zeros(1, 3, 8, 8), torch.tensor([0])
     for network, labels in ((UNet(tiny()), torch.tensor([0])), (UNet(tiny(num_class_embeds=2)), None)):
