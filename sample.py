@@ -95,6 +95,7 @@ def compile_for_drawing(network: unet.UNet, batch: int) -> None:
             network(x, t, t if config.num_class_embeds else None)
     except Exception as error:
         go_on_without_compile(network, error)
+        network.pack(True)
 
 
 def go_on_without_compile(network: unet.UNet, error: Exception) -> None:

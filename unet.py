@@ -10,7 +10,9 @@ Architecture: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", append
 import json
 import math
 import os
+import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -181,23 +183,28 @@ class Conv2d(nn.Conv2d):
     packed: Tensor | None = None
 
     def pack(self, packed: bool) -> None:
+        """Packs, on an x86 CPU in bf16, or unpacks. What is packed cannot be copied, moved, cast or saved."""
         weight = self.weight
-        if self.packed is not None and not packed:
+        if not packed and self.packed is not None:
             weight.data, self.packed = self.packed.to_dense().to(memory_format=torch.channels_last), None
-        elif packed and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_packed_kernels():
-            how = self.padding, self.stride, self.dilation, self.groups
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *how)
-            weight.data = weight.new_empty(0)
+        elif packed and self.packed is None and weight.dtype == torch.bfloat16 and can_pack(weight.device):
+            with suppress(AttributeError, RuntimeError):  # no bf16 in the processor; no such functions in this PyTorch
+                self.convolve = torch.ops.mkldnn._convolution_pointwise
+                how = self.padding, self.stride, self.dilation, self.groups
+                self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *how)
+                weight.data = weight.new_empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return super().forward(x)
         how = self.padding, self.stride, self.dilation, self.groups
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *how, "none", [], "")
+        return self.convolve(x, self.packed, self.bias, *how, "none", [], "")
 
 
-def has_packed_kernels() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def can_pack(device: torch.device) -> bool:
+    mkldnn = torch.backends.mkldnn
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device.type == "cpu" and x86 and mkldnn.is_available() and mkldnn.enabled
 
 
 class Resnet(nn.Module):

@@ -1,12 +1,13 @@
 """Quality after equal training time, at 32 px: the recipe of preset `classic` against preset `nano`.
 
     python -m benchmarks.quality --data drawn FOLDER                  drawn butterflies and images of your own
-    python -m benchmarks.quality --recipe "patch 2" "--preset nano --patch-size 2"    another; as many as wanted
+    python -m benchmarks.quality --recipe "patch 2 = --preset nano --patch-size 2"    another; as many as wanted
 
 The classic network is made for 128 px; at 32 px it is scaled to the one of CIFAR-10 (Ho et al. 2020), and its recipe
 is also given nano's network, with its average of the weights too: the tutorial's program draws from the last ones.
 Warm-up is a tenth of the steps. A short run of each measures its speed and sets its number of steps; all are drawn from
-with the same sampler and compared with the same images.
+with the same sampler, each by seeds of its own, and compared with the same images. Intervals are those of the draws:
+trained again with another seed, a recipe may come out otherwise.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import sample
 from monitor import is_drawn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,13 +51,14 @@ def train(out: Path, flags: list[str], steps: int, every: int) -> float:
     return sum((line["images"] - start) / line["images_per_second"] for start, line in parts)
 
 
-def measure(flags: list[str], seconds: float, images: int, scratch: Path) -> dict:
+def measure(flags: list[str], seconds: float, images: int, seed: int, scratch: Path) -> dict:
     """Trains a recipe for so many seconds and draws from it: what `monitor.py quality` finds, and the training's."""
     probe = train(scratch / "probe", flags, PROBE, 1000)
     steps = round(seconds / probe * PROBE)
     taken = train(scratch / "run", flags, steps, steps)
-    run("monitor.py", "quality", str(scratch / "run"), "-n", str(images), "--json", str(scratch / "quality.json"))
-    found = json.loads((scratch / "quality.json").read_text())
+    record = scratch / "quality.json"
+    run("monitor.py", "quality", str(scratch / "run"), "-n", str(images), "--seed", str(seed), "--json", str(record))
+    found = json.loads(record.read_text())
     return {"steps": steps, "seconds": taken, **found["images"], "training_images": found["training_images"]}
 
 
@@ -66,7 +69,8 @@ def line(name: str, row: dict) -> str:
 
 
 def table(rows: dict[str, dict]) -> list[str]:
-    """Markdown: a row a recipe; how far the first ones are from the last, whose draws are independent."""
+    """Markdown: a row a recipe, and how far the first ones are from the last. The interval of a difference is that of
+    two independent numbers; they have the real images in common, so that it is rather too wide."""
     last_name, last = list(rows.items())[-1]
     real = {"steps": "", "seconds": float("nan"), **last["training_images"]}
     lines = ["| recipe | steps | seconds | KID, 95% interval | FD |", "|---|---|---|---|---|"]
@@ -82,25 +86,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600, help="of training a recipe (default: %(default)s)")
     parser.add_argument("--data", nargs="+", default=["drawn"], help="(default: drawn)")
-    parser.add_argument("--recipe", nargs=2, action="append", metavar=("NAME", "FLAGS"), help="one to measure instead")
+    parser.add_argument("--recipe", action="append", metavar="NAME = FLAGS", help="one to measure instead of these")
     parser.add_argument("--images", type=int, default=1000, help="to draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/quality", help="of .md and .json")
     args = parser.parse_args()
-    found, text = {}, []
+    sample.set_threads()
+    recipes = RECIPES
+    if args.recipe:
+        recipes = {name.strip(): flags for name, _, flags in (recipe.partition("=") for recipe in args.recipe)}
+    facts, found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}, {}
     for source in args.data:
         found[source] = {}
-        for name, flags in dict(args.recipe or RECIPES).items():
+        for i, (name, flags) in enumerate(recipes.items()):
             common = ["--data", source, "--seed", str(args.seed), *["--classes"] * is_drawn(source)]
             flags = [*common, *shlex.split(flags)]
             with tempfile.TemporaryDirectory() as scratch:
-                found[source][name] = measure(flags, args.seconds, args.images, Path(scratch))
-            print(line(name, found[source][name]), flush=True)
-        title = f"{source if is_drawn(source) else Path(source).name}, {args.images} images drawn, seed {args.seed}"
-        text += [title + ":", "", *table(found[source]), ""]
-        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.out.with_suffix(".json").write_text(json.dumps(facts | {"found": found}, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(text))
+                row = measure(flags, args.seconds, args.images, i * args.images, Path(scratch))
+            found[source][name] = row
+            print(line(name, row), flush=True)
+            args.out.with_suffix(".json").write_text(json.dumps(facts | {"found": found}, indent=1) + "\n")
+    text = []
+    for source, rows in found.items():
+        title = source if is_drawn(source) else Path(source).name
+        text += [f"{title}, {args.images} images drawn, seed {args.seed}:", "", *table(rows), ""]
+    args.out.with_suffix(".md").write_text("\n".join([*text, str(facts), ""]))
 
 
 if __name__ == "__main__":

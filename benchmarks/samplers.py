@@ -1,6 +1,6 @@
 """Which sampler, how many steps, which timesteps: two tables for a model, and a picture to look at.
 
-    python -m benchmarks.samplers                        the newest run, or the model in the box
+    python -m benchmarks.samplers                        the model in the box
     python -m benchmarks.samplers --model FOLDER -n 256  fewer images, so wider intervals
 
 The first table is the distance from a deterministic draw of 200 steps of the same seeds: root mean square over pixels,
@@ -63,7 +63,7 @@ def kernel_distances(model: sample.Model, count: int, real: monitor.Images) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=sample.newest_run())
+    parser.add_argument("--model", type=Path, default=Path("weights/butterflies"), help="(default: %(default)s)")
     parser.add_argument("-n", type=int, default=512, help="images a KID (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/samplers"), help="of .md and .png")
     args = parser.parse_args()
@@ -72,7 +72,8 @@ def main() -> None:
     model = sample.load(args.model, device, sample.choose_precision(device))
     count = model.network.config.class_count
     labels = [seed % count for seed in range(16)] if count else None
-    real = monitor.fresh(model.shape)
+    trained = (args.model / "metrics.jsonl").exists()
+    real = monitor.images_of_run(args.model, model.shape)[1] if trained else monitor.fresh(model.shape)
     text = "\n".join([
         f"{args.model}: {model.shape[1]} px, {model.precision}, model {model.hash[:12]}, torch {torch.__version__}", "",
         "Distance from the long draw, n = 16:", "", *distances(model, labels, args.out.with_suffix(".png")), "",

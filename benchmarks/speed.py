@@ -420,13 +420,10 @@ def machine() -> dict:
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "")
     packages = ("torch", "diffusers", "denoising_diffusion_pytorch", "numpy")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    bf16 = [
-        name
-        for name, there in getattr(torch.cpu, "get_capabilities", dict)().items()
-        if there is True and "bf16" in name
-    ]
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
+    bf16 = [name for name, there in known.items() if there is True and "bf16" in name]
     return {
-        "cpu": f"{cpu or platform.processor()} ({', '.join(bf16) or 'no bf16'})",
+        "cpu": ", ".join([cpu or platform.processor(), *bf16]),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     } | versions

@@ -895,6 +895,10 @@ def test_where_compile_does_not_work_drawing_goes_on_eager(folder, tmp_path, mon
     assert sample.main([*flags, str(tmp_path / "b.png"), "--compile"]) == 0
     assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    network = sample.load(folder, precision="bf16").network
+    packed = [module.packed is None for module in network.modules() if isinstance(module, unet.Conv2d)]
+    sample.compile_for_drawing(network, 1)
+    assert packed == [module.packed is None for module in network.modules() if isinstance(module, unet.Conv2d)]
 
 
 def test_the_model_in_the_box_is_drawn_from_where_there_is_no_run(tmp_path, monkeypatch, capsys):

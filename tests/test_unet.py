@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pathlib
+import platform
 import struct
 import tracemalloc
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from torch.utils.flop_counter import FlopCounterMode
 
+import sample
 import unet
 from unet import UNet, UNetConfig
 
@@ -261,18 +263,37 @@ def test_fused_for_drawing_is_that_of_diffusers(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_convolutions_give_the_same_bits(name):
     _, ours, x, t, labels = pair(name)
-    ours.to(dtype=torch.bfloat16, memory_format=torch.channels_last).fuse()
-    weights = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    ours.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     inner = [module for module in ours.modules() if isinstance(module, unet.Conv2d)]
-    assert inner and all((module.packed is not None) == unet.has_packed_kernels() for module in inner)
+    before = [module.weight.clone() for module in inner]
+    ours.fuse()
+    if platform.machine() in ("x86_64", "AMD64") and sample.has_bf16(torch.device("cpu")):
+        assert inner and all(module.packed is not None and not module.weight.numel() for module in inner)
     with torch.no_grad():
         packed = ours(x, t, labels)
         ours.pack(False)
-        assert all(module.packed is None and module.weight.numel() for module in inner)
+        assert all(torch.equal(module.weight, old) for module, old in zip(inner, before, strict=True))
         assert torch.equal(ours(x, t, labels), packed)
-        ours.pack(True)
-        assert torch.equal(ours(x, t, labels), packed)
-    assert {key: tensor.shape for key, tensor in ours.state_dict().items()} == weights
+        for _ in range(2):
+            ours.pack(True)
+            assert torch.equal(ours(x, t, labels), packed)
+
+
+@pytest.mark.parametrize("missing", ["switch", "function", "processor"])
+def test_where_convolutions_cannot_be_packed_they_stay_as_they_are(missing, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("mkldnn_reorder_conv2d_weight: bf16 path needs the cpu support avx512bw")
+
+    if missing == "switch":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif missing == "function":
+        monkeypatch.delattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+    else:
+        monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", refuse)
+    network = UNet(tiny()).to(torch.bfloat16).eval()
+    network.fuse()
+    assert all(module.packed is None and module.weight.numel() for module in network.modules()
+               if isinstance(module, unet.Conv2d))  # fmt: skip
 
 
 def test_labels_are_needed_exactly_where_there_are_classes():
