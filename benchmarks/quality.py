@@ -97,19 +97,17 @@ def main() -> None:
         recipes = {name.strip(): flags for name, _, flags in (recipe.partition("=") for recipe in args.recipe)}
     facts, found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed}, {}
     for source in args.data:
-        found[source] = {}
+        rows = found[source if is_drawn(source) else Path(source).name] = {}
         for i, (name, flags) in enumerate(recipes.items()):
             common = ["--data", source, "--seed", str(args.seed), *["--classes"] * is_drawn(source)]
             flags = [*common, *shlex.split(flags)]
             with tempfile.TemporaryDirectory() as scratch:
-                row = measure(flags, args.seconds, args.images, i * args.images, Path(scratch))
-            found[source][name] = row
-            print(line(name, row), flush=True)
+                rows[name] = measure(flags, args.seconds, args.images, i * args.images, Path(scratch))
+            print(line(name, rows[name]), flush=True)
             args.out.with_suffix(".json").write_text(json.dumps(facts | {"found": found}, indent=1) + "\n")
     text = []
     for source, rows in found.items():
-        title = source if is_drawn(source) else Path(source).name
-        text += [f"{title}, {args.images} images drawn, seed {args.seed}:", "", *table(rows), ""]
+        text += [f"{source}, {args.images} images drawn, seed {args.seed}:", "", *table(rows), ""]
     args.out.with_suffix(".md").write_text("\n".join([*text, str(facts), ""]))
 
 
