@@ -258,19 +258,27 @@ def atomic_write(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
             os.close(folder)
 
 
-def write_png(
-    path: Path | str, image: Image.Image, text: Mapping[str, str] | None = None, film: Sequence[Image.Image] = ()
-) -> None:
-    """Write a PNG atomically, with `text` as its text chunks. Raises InputError as atomic_write does.
+def encode_png(
+    image: Image.Image, text: Mapping[str, object] | None = None, film: Sequence[Image.Image] = (), kind: str = "PNG"
+) -> bytes:
+    """A PNG file with `text` as its text chunks.
 
-    With `film` it is animated: those pictures at ten a second, then `image` for two; a GIF by the name's suffix."""
+    With `film` it is animated: those pictures at ten a second, then `image` for two; it may be a "GIF" then."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())  # a path may be no text
     first, *rest = *film, image
     options = {"append_images": rest, "loop": 0, "duration": [100] * len(film) + [2000]} if film else {}
+    first.save(file := io.BytesIO(), kind, pnginfo=info, save_all=bool(film), **options)
+    return file.getvalue()
+
+
+def write_png(path: Path | str, *picture) -> None:
+    """Write what `encode_png` makes of `picture` atomically, a GIF by the name's suffix. Raises InputError as
+    atomic_write does."""
     kind = "GIF" if Path(path).suffix.lower() == ".gif" else "PNG"
-    atomic_write(path, lambda file: first.save(file, kind, pnginfo=info, save_all=bool(film), **options))
+    encoded = encode_png(*picture, kind=kind)
+    atomic_write(path, lambda file: file.write(encoded))
 
 
 # ------------------------------------------------------------------------------------------ drawn butterflies

@@ -554,10 +554,7 @@ def run(args: argparse.Namespace) -> None:
     images = torch.cat(drawn)
     picture = partial(data.grid, columns=args.n if rows > 1 else None, scale=args.scale)
     if not args.each:
-        labels = dict.fromkeys(label for label, _ in jobs if label is not None)
-        names = ",".join(class_name(config, label) for label in labels)
-        own = {"count": len(images)} | ({"class": names} if names else {})
-        data.write_png(out, picture(images), facts | own)
+        data.write_png(out, picture(images), facts | describe_grid(config, jobs))
     print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
     if args.film:
         frames = (
@@ -590,6 +587,13 @@ def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: fl
     if args.picture:
         facts |= {"from": args.picture, "strength": strength} | ({"mask": args.mask} if args.mask else {})
     return facts
+
+
+def describe_grid(config: unet.UNetConfig, jobs: list) -> dict:
+    """What is true of all images of a grid together."""
+    labels = dict.fromkeys(label for label, _ in jobs if label is not None)
+    names = ",".join(class_name(config, label) for label in labels)
+    return {"count": len(jobs)} | ({"class": names} if names else {})
 
 
 def describe_one(args: argparse.Namespace, config: unet.UNetConfig, jobs: list, i: int) -> tuple[str, dict]:
