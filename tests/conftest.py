@@ -17,6 +17,10 @@ TINY = [*SIZES, "--warmup", "2", "--precision", "fp32"]
 OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--save-every", "4"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="ask the server 20,000 times, for some minutes")
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), count=60, size=16)

@@ -412,6 +412,7 @@ MAY_IMPORT = {
     "sample": {"ddpm", "unet", "data", "tqdm"},
     "monitor": {"ddpm", "unet", "data", "sample", "tqdm"},
     "train": {"ddpm", "unet", "data", "sample", "monitor", "numpy", "PIL", "tqdm"},
+    "server": {"ddpm", "sample", "data"},
 }
 
 

@@ -1,0 +1,988 @@
+"""The server stands: every odd request is answered and leaves nothing behind, and no image depends on the others."""
+
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpm
+import sample
+import server
+from data import InputError
+from tests.conftest import status_of
+from tests.test_sample import NAMES, make_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of three classes and a label for none of them."""
+    return make_model(tmp_path_factory.mktemp("served") / "m", num_class_embeds=4, class_names=NAMES)
+
+
+@contextmanager
+def serving(folder, *, work=True, batch=4, capacity=10**6, exact=False, **options):
+    """A server in this process on a free port; its engine at rest unless it is to `work`."""
+    engine = server.Engine(batch, capacity, exact, server.Metrics())
+    served = server.Server(("127.0.0.1", 0), engine, **options)
+    served.port = served.server_address[1]
+    listening = threading.Thread(target=served.serve_forever, args=(0.05,), daemon=True)
+    listening.start()
+    try:
+        engine.load(folder, torch.device("cpu"), "fp32")
+        if work:
+            engine.thread.start()
+        yield served
+    finally:
+        served.drain()
+        listening.join()
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with serving(folder) as running:
+        yield running
+
+
+def connect(running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", running.port), timeout=30)
+
+
+def read_answer(connection: socket.socket) -> tuple[int, dict, bytes]:
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    if body:
+        assert "content-length" not in headers or len(body) == int(headers["content-length"])
+    return int(first.split()[1]), headers, body
+
+
+def send(running, *parts: bytes, half_close=False) -> tuple[int, dict, bytes]:
+    with connect(running) as connection:
+        for part in parts:
+            connection.sendall(part)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        return read_answer(connection)
+
+
+def head(target: str, *headers: str, method="GET", host="127.0.0.1") -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape")
+
+
+def get(running, path="/generate_sample/", *headers: str, method="GET", **query):
+    target = f"{path}?{urlencode(query)}" if query else path
+    return send(running, head(target, *headers, method=method))
+
+
+def pixels(body: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(body)))
+
+
+def gauges(running) -> dict[str, float]:
+    page = get(running, "/metrics")[2].decode()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in page.splitlines() if line[0] != "#"}
+
+
+def footprint() -> tuple[int, int]:
+    """Threads and descriptors of this process."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def nothing_left(running, seconds=20.0):
+    """What is done inside leaves no thread, descriptor or place in the queue behind, and a good request still works."""
+    wait_until(lambda: not running.connections)
+    before = footprint()
+    yield
+    assert get(running, steps=1, seed=1)[0] in (200, 401)
+    wait_until(lambda: not running.connections and not running.engine.jobs and footprint() == before, seconds)
+
+
+def wait_until(condition, seconds=20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+
+
+# ---- one request after the other -------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_that_of_sample(served, folder, tmp_path):
+    """The same images, laid out and described the same."""
+    status, headers, body = get(served, n_images=5, seed=3, steps=4, **{"class": "bee"})
+    assert status == 200 and headers["content-type"] == "image/png" and headers["x-seed"] == "3"
+    out = tmp_path / "x.png"
+    flags = ["--model", str(folder), "--precision", "fp32", "--steps", "4", "-n", "5", "--seed", "3"]
+    assert sample.main([*flags, "--class", "bee", "--out", str(out)]) == 0
+    theirs = Image.open(out)
+    assert Image.open(io.BytesIO(body)).text == theirs.text and headers["x-model-hash"] == theirs.text["model"]
+    assert np.abs(pixels(body).astype(int) - np.asarray(theirs)).max() <= 1 and pixels(body).std() > 5
+
+
+def test_without_a_seed_one_is_told(served):
+    status, headers, body = get(served, steps=2)
+    again = get(served, steps=2, seed=headers["x-seed"])
+    assert status == 200 and body == again[2] and headers["cache-control"] == "no-store"
+    assert get(served, steps=2)[1]["x-seed"] != headers["x-seed"]
+
+
+def test_the_seed_systems_line_works(served):
+    """It asked for JSON and got a PNG."""
+    answer = get(served, "/generate_sample/", "accept: application/json", steps=2, n_images=1, seed=0)
+    assert answer[0] == 200 and answer[2].startswith(b"\x89PNG")
+    assert get(served, "/generate_sample", steps=2, n_images=1, seed=0)[2] == answer[2]
+
+
+def test_head_samples_nothing(served):
+    before = gauges(served)["papilio_images_total"]
+    for path in server.ROUTES:
+        status, headers, body = get(served, path, method="HEAD")
+        assert (status, body) == (200, b"") and headers["content-type"] == get(served, path)[1]["content-type"]
+    assert gauges(served)["papilio_images_total"] == before + 2  # those of the two GETs
+
+
+def test_a_known_picture_is_not_drawn_again(served):
+    _, headers, _ = get(served, steps=2, seed=5)
+    before = gauges(served)["papilio_steps_total"]
+    status, again, body = get(served, "/generate_sample/", f'If-None-Match: {headers["etag"]}, "x"', steps=2, seed=5)
+    assert (status, body) == (304, b"") and again["etag"] == headers["etag"].lower()
+    assert gauges(served)["papilio_steps_total"] == before
+    for other in (
+        {"steps": 3},
+        {"steps": 2, "sampler": "ddim"},
+        {"steps": 2, "guidance": 2},
+        {"steps": 2, "class": "ant"},
+    ):
+        assert get(served, "/generate_sample/", f"If-None-Match: {headers['etag']}", seed=5, **other)[0] == 200
+
+
+HOST = b"Host: 127.0.0.1\r\n"
+GOOD = "/generate_sample/?steps=1&seed=1"
+RAW = [  # what is sent, the status that it gets
+    # request line
+    (b"GET HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET / x HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET\t/\tHTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"G\0ET / HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"BREW / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    (b"get / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    (b"GET /\r\n\r\n", 400),
+    (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    (b"GET / HTTP/1.11\r\n" + HOST + b"\r\n", 400),
+    (b"GET / ICY/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET 127.0.0.1:80 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET generate_sample/ HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET http://evil.example/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 200),  # a probe asks by any name
+    (b"GET http://evil.example" + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 421),
+    (b"GET http://localhost" + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+    (b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET /\x07 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
+    (b"\r\n\r\n", 400),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+    (b"OPTIONS " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+    (b"GET " + GOOD.encode() + b" HTTP/1.0\r\n" + HOST + b"\r\n", 200),
+    # headers
+    (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
+    (b"GET " + GOOD.encode() + b" HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
+    (b"GET " + GOOD.encode() + b" HTTP/1.1\r\nHost: 127.0.0.1.evil.example\r\n\r\n", 421),
+    (b"GET " + GOOD.encode() + b" HTTP/1.1\r\nHost: localhost:8000\r\n\r\n", 200),
+    (b"GET " + GOOD.encode() + b" HTTP/1.1\r\nHost: [::1]:8000\r\n\r\n", 200),
+    (b"GET " + GOOD.encode() + b" HTTP/1.1\r\nHost: a@127.0.0.1\r\n\r\n", 400),
+    *((b"GET /healthz HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n", 400) for line in (
+        b"X : 1", b"X: 1\r\n folded", b"X: \0", b"X: \x07", b"X: \x7f", b"X: a\rb", b"X: a\nY: b", b"no colon",
+        b": empty",
+        "Ä: 1".encode(), b"Content-Length: -1", b"Content-Length: +1", b"Content-Length: 0_1",
+        "Content-Length: ٣".encode(), b"Content-Length: 5, 5", b"Content-Length: 5\r\nContent-Length: 5",
+        b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: 0\r\nTransfer-Encoding: chunked",
+        b"Content-Length:", b"Content-Length: " + b"9" * 5000)),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: 1\r\n" * 100 + b"\r\n", 431),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: 1\r\n" * 99 + b"\r\n", 200),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + (b"X: " + b"a" * 1000 + b"\r\n") * 6000 + b"\r\n", 431),
+    (b"GET /healthz HTTP/1.1\n" + HOST + b"\r\n", 400),
+    # framing
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Content-Length: 40\r\n\r\nGET /metrics HTTP/1.1\r\n" + HOST + b"\r\n",
+     413),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Content-Length: 1000000000000\r\n\r\n", 413),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Content-Length: 10\r\n\r\nabc", 413),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n", 200),
+    (b"GET /healthz HTTP/1.1\r\n" + HOST + b"Expect: the unexpected\r\n\r\n", 417),
+    # query and path
+    *((head(f"/generate_sample/?{query}"), 400) for query in (
+        *(f"steps={value}" for value in ("0", "-1", "1.5", "1e3", "0x10", "NaN", "inf", "+3", "%2B3", "", "1_0",
+                                         "%207%20",
+                                         "%D9%A3", "9" * 5000, "1001", "%00", "1%001")),
+        "steps", "steps=1&steps=2", "steps=1&step=2", "seed=18446744073709551616", "seed=9223372036854775808",
+        "seed=%ff",
+        "seed=%", "seed=%zz", "n_images=0", "n_images=65", "sampler=euler", "class=dog", "class=ant,bee", "class=all",
+        "guidance=nan", "guidance=-1", "guidance=1e9", "guidance=21", "&", "a=b&" * 1000, "steps=1000&n_images=64",
+        "steps=1000&n_images=4&guidance=2", "%73teps=0", "stream=1")),
+    (head("/generate_sample/?%73teps=1&seed=9223372036854775807&n_images=2"), 200),
+    (head("/generate_sample/?class=cat&guidance=0.5&steps=1"), 200),
+    (head("/generate_sample/?"), 200),
+    *((head(target), 404) for target in (
+        "//evil.example", "/..%2f..%2fetc/passwd", "/%2e%2e/", "/generate_sample//", "/GENERATE_SAMPLE/",
+        "/static/../x")),
+    *((head(target), 400) for target in ("/\\evil", "/<script>", "/#a", "/%zz|")),
+    # access
+    (head(GOOD, "Origin: http://evil.example"), 403),
+    (head(GOOD, "Origin: null"), 403),
+    (head(GOOD, "Origin: http://localhost:3000"), 200),
+    (head(GOOD, "Origin: http://127.0.0.1"), 200),
+    (head(GOOD, "Sec-Fetch-Site: cross-site"), 403),
+    (head(GOOD, "Sec-Fetch-Site: same-origin"), 200),
+    (head("/metrics", "Sec-Fetch-Site: cross-site"), 200),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(RAW)))
+def test_odd_requests(served, number):
+    request, expected = RAW[number]
+    with nothing_left(served):
+        status, headers, body = send(served, request)
+        assert status == expected
+        if status >= 400:
+            error = json.loads(body)["error"]
+            assert set(error) == {"message", "type", "param", "code", "request_id"}
+            assert error["request_id"] == headers["x-request-id"]
+            assert not re.search(r"Traceback|evil|script|/work|\.py|9{20}", body.decode())
+        assert headers["connection"] == "close" and "python" not in str(headers).lower()
+        assert status != 405 or headers["allow"] == "get, head"
+
+
+def test_errors_name_their_parameter(served):
+    for query, param in (
+        ("steps=0", "steps"),
+        ("class=dog", "class"),
+        ("steps=1000&n_images=64", "n_images"),
+        ("a=1", None),
+    ):
+        error = json.loads(send(served, head(f"/generate_sample/?{query}"))[2])["error"]
+        assert error["param"] == param and (param is None or param in error["message"] or "images" in error["message"])
+
+
+def test_a_head_in_drips_is_read_and_one_too_slow_is_not(served, monkeypatch):
+    with nothing_left(served):
+        request = head("/healthz")
+        assert send(served, *(request[i : i + 1] for i in range(len(request))))[0] == 200
+    monkeypatch.setattr(server.read_head, "__defaults__", (0.3,))
+    with nothing_left(served):
+        assert send(served, b"GET /heal")[0] == 408  # and then nothing
+        with connect(served) as dripping, suppress(BrokenPipeError, ConnectionResetError):
+            begin = time.monotonic()
+            for _ in range(100):
+                dripping.sendall(b"G")
+                time.sleep(0.05)
+                if time.monotonic() - begin > 0.5:
+                    break
+            assert read_answer(dripping)[0] == 408
+
+
+def test_a_silent_a_resetting_and_a_pipelining_client(served):
+    with nothing_left(served):
+        silent = connect(served)
+        pipelined = send(served, head(GOOD) * 50)
+        assert pipelined[0] == 200 and pipelined[2].startswith(b"\x89PNG") and pipelined[2].count(b"HTTP/1.1") == 0
+        resetting = connect(served)
+        resetting.sendall(head("/generate_sample/?n_images=64&steps=3"))
+        resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        resetting.close()
+        silent.close()
+
+
+def test_a_client_that_never_reads_holds_nothing_up(served, monkeypatch):
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
+    with nothing_left(served):
+        slow = connect(served)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(head("/generate_stream/?n_images=64&steps=20"))
+        assert get(served, steps=2)[0] == 200
+        wait_until(lambda: not served.engine.jobs, 60)
+        slow.close()
+
+
+def test_half_a_close_counts_as_leaving(served):
+    with nothing_left(served):
+        before = gauges(served)["papilio_departures_total"]
+        status, _, _ = send(served, head("/generate_sample/?n_images=64&steps=100"), half_close=True)
+        assert status == 408 and gauges(served)["papilio_departures_total"] == before + 1
+
+
+def test_tokens(folder):
+    with serving(folder, tokens=(b"correct-horse", b"battery-staple")) as running:
+        for given in ("correct-horse", "battery-staple"):
+            assert get(running, "/generate_sample/", f"Authorization: Bearer {given}", steps=1)[0] == 200
+        for line in ("X: 1", "Authorization: Bearer wrong", "Authorization: Bearer ", "Authorization:",
+                     "Authorization: Basic correct-horse", "Authorization: correct-horse",
+                     "Authorization: Bearer Ünïcode", "Authorization: Bearer correct-horse, battery-staple",
+                     "Authorization: Bearer correct-hors"):  # fmt: skip
+            with nothing_left(running):
+                status, headers, body = get(running, "/generate_sample/", line, steps=1)
+                assert status == 401 and headers["www-authenticate"] == "bearer" and b"horse" not in body
+        assert get(running, "/metrics")[0] == get(running, "/openapi.json")[0] == 401
+        for probe in ("/healthz", "/health", "/readyz", "/ready"):
+            assert send(running, head(probe, host="10.0.0.7:8000"))[0] == 200
+
+
+# ---- many requests at once -------------------------------------------------------------------------------------------
+
+
+def in_threads(count: int, work) -> list:
+    """work(i) in a thread each; their results, and their first error."""
+    results = [None] * count
+
+    def run(i: int) -> None:
+        try:
+            results[i] = work(i)
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def queries(count: int) -> list[dict]:
+    """Requests of all kinds: lengths, samplers, classes, guidance."""
+    rng = random.Random(0)
+    found = []
+    for seed in range(count):
+        query = {"seed": 100 * seed, "steps": rng.randint(1, 12), "n_images": rng.choice([1, 1, 2, 5])}
+        query["sampler"] = rng.choice(list(ddpm.SAMPLERS))
+        query |= {"class": rng.choice(NAMES)} if rng.random() < 0.5 else {}
+        query |= {"guidance": rng.choice([0, 0.5, 1, 3])} if rng.random() < 0.5 else {}
+        found.append(query)
+    return found
+
+
+def solo(folder, query: dict, tmp_path, *flags) -> Path:
+    """What sample.py draws for a query, by itself."""
+    names = {"n_images": "-n"}
+    words = [word for key, value in query.items() for word in (names.get(key, f"--{key}"), str(value))]
+    out = tmp_path / f"{query['seed']}.png"
+    assert sample.main(["--model", str(folder), "--precision", "fp32", *words, *flags, "--out", str(out)]) == 0
+    return out
+
+
+def test_images_under_load_equal_their_solo_images(folder, tmp_path):
+    with serving(folder, batch=5) as running:
+        asked = queries(40)
+        answers = in_threads(len(asked), lambda i: get(running, **asked[i]))
+        counted = gauges(running)
+    for query, (status, _, body) in zip(asked, answers, strict=True):
+        assert status == 200
+        expected = np.asarray(Image.open(solo(folder, query, tmp_path))).astype(int)
+        assert np.abs(pixels(body) - expected).max() <= 1
+    turns = counted["papilio_step_seconds_count"]
+    assert counted["papilio_steps_total"] > 3 * turns  # they did share calls
+
+
+def test_exact_images_under_load_equal_those_of_sample_to_the_byte(folder, tmp_path):
+    with serving(folder, batch=sample.EXACT_BATCH, exact=True) as running:
+        asked = queries(24)
+        answers = in_threads(len(asked), lambda i: get(running, **asked[i]))
+        assert answers[0][1]["etag"].startswith('"')
+    for query, (_, _, body) in zip(asked, answers, strict=True):
+        assert body == solo(folder, query, tmp_path, "--exact").read_bytes()
+
+
+def test_of_200_at_once_exactly_what_fits_is_admitted(folder):
+    """16 of 10 image-steps fit a queue of 160; the worker rests meanwhile."""
+    with serving(folder, work=False, capacity=160) as running:
+        codes, refused = [], threading.Event()
+
+        def ask(i: int) -> int:
+            status, headers, _ = get(running, steps=10, seed=i)
+            codes.append(status)
+            assert status == 200 or int(headers["retry-after"]) >= 1
+            if codes.count(429) == 184:
+                refused.set()
+
+        asking = threading.Thread(target=in_threads, args=(200, ask))
+        asking.start()
+        assert refused.wait(60) and gauges(running)["papilio_queue_requests"] == 16
+        running.engine.thread.start()
+        asking.join()
+        assert sorted(codes) == [200] * 16 + [429] * 184
+
+
+def test_who_waits_as_long_as_told_is_admitted(folder):
+    """Nine of ten who come again after Retry-After, all at once refused."""
+    with serving(folder, batch=4, capacity=100) as running:
+        running.engine.rate = 100.0  # not yet measured under load
+        engine_step = running.engine.advance
+        running.engine.advance = lambda members: (time.sleep(len(members) / 100), engine_step(members))
+
+        def ask(i: int) -> str:
+            status, headers, _ = get(running, steps=5, seed=i)
+            if status == 200:
+                return "at once"
+            time.sleep(int(headers["retry-after"]))
+            return "then" if get(running, steps=5, seed=i)[0] == 200 else "never"
+
+        outcomes = in_threads(100, ask)
+        second = outcomes.count("then") + outcomes.count("never")
+        assert second >= 40 and outcomes.count("then") >= 0.9 * second
+
+
+def test_after_all_have_left_nothing_is_left(folder):
+    with serving(folder) as running, nothing_left(running):
+        clients = [connect(running) for _ in range(60)]
+        for i, client in enumerate(clients):
+            route = "/generate_stream/" if i % 2 else "/generate_sample/"
+            client.sendall(head(f"{route}?n_images=20&steps=50&seed={i}"))
+        wait_until(lambda: len(running.engine.jobs) == 60)
+        for client in clients:
+            client.close()
+        wait_until(lambda: not running.engine.jobs and not running.connections)
+        now = gauges(running)
+        assert now["papilio_queue_requests"] == now["papilio_queue_images"] == now["papilio_queue_steps"] == 0
+        assert now["papilio_connections"] == 1 and now["papilio_departures_total"] == 60
+
+
+def test_a_client_that_leaves_costs_one_more_step_and_disturbs_nobody(folder, tmp_path):
+    with serving(folder, work=False, batch=8) as running:
+        engine = running.engine
+        leaving = connect(running)
+        leaving.sendall(head("/generate_sample/?n_images=2&steps=50&seed=9"))
+        wait_until(lambda: len(engine.jobs) == 1)
+        query = {"seed": 4, "steps": 6, "n_images": 2}
+        staying = threading.Thread(target=lambda: answers.append(get(running, **query)))
+        answers = []
+        staying.start()
+        wait_until(lambda: len(engine.jobs) == 2)
+        with torch.inference_mode():  # the engine's own turns, by hand
+            for _ in range(2):
+                engine.drop()
+                engine.turn(engine.choose())
+            job = engine.jobs[0]
+            steps = job.drawings[0].step
+            leaving.close()
+            engine.drop()
+            assert job not in engine.jobs and job.drawings[0].step == steps == 2
+        engine.thread.start()
+        staying.join()
+    expected = np.asarray(Image.open(solo(folder, query, tmp_path))).astype(int)
+    assert np.abs(pixels(answers[0][2]) - expected).max() <= 1
+
+
+def job_of(model, images: int, steps: int, seed=0) -> server.Job:
+    args = server.argparse.Namespace(**vars(server.DEFAULTS) | {"n": images, "seed": seed})
+    table = ddpm.plan(model.schedule, steps=steps)
+    return server.Job(model, args, table, [server.Drawing(seed + i, 0) for i in range(images)], {})
+
+
+def test_long_and_short_requests_share_fairly(folder):
+    """A long one beside a short one a turn or two: neither waits for the other. Counted in turns."""
+    engine = server.Engine(4, 10**6, False, server.Metrics())
+    engine.load(folder, torch.device("cpu"), "fp32")
+    model = engine.model
+    engine.advance = lambda members: [pretend(*member) for member in members]
+
+    def pretend(job, drawing) -> None:
+        drawing.step += 1
+        if drawing.step == len(job.table):
+            drawing.pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    def run(long: server.Job, every: int, short: int) -> tuple[int, list[int], float]:
+        engine.submit(long)
+        begun, turns, lasted, fair = {}, 0, [], 0.0
+        while not long.done.is_set():
+            if turns % every == 0:
+                job = job_of(model, 1, short)
+                engine.submit(job)
+                begun[job] = turns
+            fair += min(engine.batch / len(engine.jobs), sum(d.pixels is None for d in long.drawings))
+            engine.turn(engine.choose())
+            turns += 1
+            lasted += [turns - begun.pop(job) for job in list(begun) if job.done.is_set()]
+        for job in list(engine.jobs):
+            engine.end(job)
+        return turns, lasted, fair
+
+    for long, every, short, free in (
+        (job_of(model, 64, 10), 5, 10, True),
+        (job_of(model, 64, 10), 1, 3, True),
+        (job_of(model, 1, 300), 4, 10, True),
+        (job_of(model, 64, 10), 3, 10, False),  # with the long one's share, more than there is
+    ):
+        cost = long.left
+        turns, lasted, fair = run(long, every, short)
+        assert fair <= 1.5 * cost  # what it might have had by fair shares when it was finished
+        assert max(lasted) <= (short if free else 3 * short)
+
+
+def test_deadlines_count_the_queue(folder):
+    with serving(folder, work=False, seconds=0.3) as running:
+        waiting = threading.Thread(target=lambda: answers.append(get(running, steps=1)))
+        answers = []
+        waiting.start()
+        wait_until(lambda: len(running.engine.jobs) == 1)
+        time.sleep(0.4)
+        running.engine.thread.start()
+        waiting.join()
+        assert answers[0][0] == 504 and gauges(running)["papilio_steps_total"] == 0
+
+
+def test_a_failing_step_loses_its_requests_alone(folder, monkeypatch, capsys):
+    with serving(folder) as running:
+        monkeypatch.setattr(running.engine, "advance", lambda members: 1 / 0)
+        assert get(running, steps=1)[0] == 500
+        assert b"ZeroDivision" not in get(running, steps=1)[2]
+        monkeypatch.undo()
+        assert get(running, steps=1)[0] == 200 and get(running, "/healthz")[0] == 200
+        assert gauges(running)["papilio_engine_errors_total"] == 2
+
+
+def test_a_dead_engine_is_told(folder, monkeypatch):
+    with serving(folder) as running:
+        monkeypatch.setattr(running.engine, "choose", lambda: sys.exit())
+        assert get(running, steps=1)[0] == 500
+        running.engine.thread.join()
+        assert [get(running, path)[0] for path in ("/healthz", "/readyz", "/generate_sample/")] == [503, 503, 503]
+        assert gauges(running)["papilio_worker_up"] == 0
+
+
+def test_300_idle_connections_do_not_matter(served):
+    with nothing_left(served, 20):
+        idle = [connect(served) for _ in range(300)]
+        assert get(served, "/healthz")[0] == get(served, steps=1)[0] == 200
+        assert gauges(served)["papilio_connections"] <= server.MAX_CONNECTIONS + 1
+        for client in idle:
+            client.close()
+
+
+def test_at_the_bound_with_all_waiting_one_more_is_turned_away(folder, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with serving(folder, work=False) as running:
+        clients = [connect(running) for _ in range(3)]
+        for client in clients:
+            client.sendall(head(GOOD))
+        wait_until(lambda: sum(running.connections.values()) == 3)
+        status, headers, _ = get(running, "/healthz")
+        assert status == 503 and headers["retry-after"] == "5"
+        running.engine.thread.start()
+        assert [read_answer(client)[0] for client in clients] == [200] * 3
+        for client in clients:
+            client.close()
+        wait_until(lambda: not running.connections)
+        assert get(running, "/healthz")[0] == 200
+
+
+def test_soak(served, request):
+    """Many small requests: memory and descriptors stay flat. 10,000 by --soak."""
+    count = 10_000 if request.config.getoption("--soak") else 300
+
+    def ask(worker: int) -> None:
+        for i in range(count // 8):
+            assert get(served, steps=1, seed=i)[0] == 200
+
+    in_threads(8, ask)
+    before = gauges(served)
+    with nothing_left(served):
+        in_threads(8, ask)
+    after = gauges(served)
+    grown = after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]
+    print(f"{2 * count} requests, {grown / 2**20:.1f} MiB more after the second half")
+    assert grown < 20 * 2**20
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def events(body: bytes) -> list[tuple[str, dict]]:
+    blocks = [block.split("\n") for block in body.decode().split("\n\n") if block.startswith("event: ")]
+    return [(lines[0][7:], json.loads(lines[1][6:])) for lines in blocks]
+
+
+def test_a_stream_shows_the_drawing_and_ends_at_the_same_images(served):
+    status, headers, body = get(served, "/generate_stream/", n_images=3, steps=5, seed=2, sampler="ddpm")
+    assert status == 200 and headers["content-type"] == "text/event-stream"
+    found = events(body)
+    assert found[0][0] == "queued" and found[0][1]["images"] == 3
+    finished = {content["seed"]: pixels(base64.b64decode(content["png"])) for name, content in found if name == "image"}
+    assert sorted(finished) == [2, 3, 4]
+    for k in range(3):
+        steps = [content["step"] for name, content in found if name != "queued" and content["image"] == k]
+        assert steps == sorted(set(steps)) and steps[-1] == 5 and len(steps) > 1
+    for seed, image in finished.items():
+        one = pixels(get(served, n_images=1, steps=5, seed=seed, sampler="ddpm")[2])[2:-2, 2:-2]
+        assert np.abs(one.astype(int) - image).max() <= 1
+
+
+def test_a_stream_says_what_went_wrong_and_beats_while_it_waits(folder, monkeypatch):
+    monkeypatch.setattr(server, "HEARTBEAT_SECONDS", 0.05)
+    with serving(folder, work=False, seconds=0.3) as running:
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(get(running, "/generate_stream/", steps=1)))
+        waiting.start()
+        time.sleep(0.5)
+        running.engine.thread.start()
+        waiting.join()
+        status, _, body = answers[0]
+        name, content = events(body)[-1]
+        assert status == 200 and name == "error" and "in time" in content["error"]["message"]
+        assert body.count(b": still here") >= 3
+
+
+# ---- models come and go ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_is_taken_between_steps_and_begun_requests_finish_on_the_old(folder, tmp_path):
+    other = make_model(tmp_path / "other", num_class_embeds=4, class_names=NAMES, norm_num_groups=4)
+    query = {"seed": 6, "steps": 8, "n_images": 2}
+    with serving(folder, work=False, batch=8) as running:
+        answers = {}
+        before = threading.Thread(target=lambda: answers.update(old=get(running, **query)))
+        before.start()
+        wait_until(lambda: len(running.engine.jobs) == 1)
+        with torch.inference_mode():
+            running.engine.turn(running.engine.choose())
+        running.engine.load(other, torch.device("cpu"), "fp32")
+        after = threading.Thread(target=lambda: answers.update(new=get(running, **query)))
+        after.start()
+        wait_until(lambda: len(running.engine.jobs) == 2)
+        running.engine.thread.start()
+        before.join()
+        after.join()
+        hashes = [answers[name][1]["x-model-hash"] for name in ("old", "new")]
+        assert hashes == [sample.load(path).hash for path in (folder, other)]
+    for name, path in (("old", folder), ("new", other)):
+        expected = np.asarray(Image.open(solo(path, query, tmp_path))).astype(int)
+        assert np.abs(pixels(answers[name][2]) - expected).max() <= 1
+
+
+def test_a_bad_model_is_refused_and_counted(folder, tmp_path, capsys):
+    broken = make_model(tmp_path / "broken", num_class_embeds=4, class_names=NAMES)
+    network = sample.load(broken, fuse=False).network
+    network.conv_out.bias.data.fill_(float("nan"))
+    sample.save_model(broken, network, ddpm.Schedule())
+    with serving(folder) as running:
+        before = get(running, steps=2, seed=1)
+        for bad in (broken, tmp_path, tmp_path / "nothing"):
+            running.engine.reload(bad, torch.device("cpu"), "fp32")
+        counted = gauges(running)
+        assert counted['papilio_model_loads_total{result="refused"}'] == 3
+        assert counted['papilio_model_loads_total{result="loaded"}'] == 1
+        assert get(running, steps=2, seed=1)[2] == before[2]
+    assert "not finite" in capsys.readouterr().err
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_saved_images_say_what_made_them(folder, tmp_path):
+    store = server.Store(tmp_path / "saved", 10**7, server.Metrics())
+    with serving(folder, store=store) as running:
+        _, headers, body = get(running, n_images=2, steps=3, seed=8)
+        get(running, "/generate_stream/", n_images=1, steps=3, seed=8)
+        wait_until(lambda: len(list(tmp_path.glob("saved/*/*.png"))) == 3 and not running.connections)
+        assert gauges(running)["papilio_saved_bytes"] == sum(f.stat().st_size for f in tmp_path.glob("saved/*/*"))
+    (log,) = tmp_path.glob("saved/*/*.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line, seed, label in zip(lines, (8, 9, 8), ("cat", "ant", "cat"), strict=True):
+        with Image.open(log.parent / line["file"]) as image:
+            assert image.text["seed"] == str(seed) == str(line["seed"]) and image.text["class"] == label
+            assert image.text["model"] == headers["x-model-hash"] and image.text["steps"] == "3"
+            saved = np.asarray(image)
+        one = solo(folder, {"seed": seed, "steps": 3, "n_images": 1}, tmp_path)
+        assert np.abs(np.asarray(Image.open(one))[2:-2, 2:-2].astype(int) - saved).max() <= 1
+
+
+def test_the_oldest_day_makes_room(folder, tmp_path):
+    for day, size in (("2020-01-01", 3000), ("2020-01-02", 3000)):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "old.png").write_bytes(bytes(size))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/keep.txt").write_text("not the server's")
+    store = server.Store(tmp_path, 8000, server.Metrics())
+    with serving(folder, store=store) as running:
+        for seed in range(12):
+            assert get(running, steps=1, seed=seed)[0] == 200
+        wait_until(lambda: not running.connections)
+        failed = running.store.metrics.page({})
+    assert not (tmp_path / "2020-01-01").exists() and not (tmp_path / "2020-01-02").exists()
+    assert (tmp_path / "mine/keep.txt").exists()
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*")) <= 8000
+    assert re.search(r"papilio_save_errors_total [1-9]", failed)  # today's own do not go
+
+
+def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
+    metrics = server.Metrics()
+    store = server.Store(tmp_path / "saved", 10**7, metrics)
+    (tmp_path / "saved").rmdir()
+    (tmp_path / "saved").write_text("a file is where the folder was")
+    with serving(folder, store=store) as running:
+        assert get(running, steps=1)[0] == 200
+        wait_until(lambda: "papilio_save_errors_total 1" in metrics.page({}))
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def parse_metrics(page: str) -> dict[str, str]:
+    """Prometheus text format 0.0.4, strictly: name -> type."""
+    types, current, seen = {}, None, set()
+    for line in page.removesuffix("\n").split("\n"):
+        if line.startswith("# "):
+            _, word, name, rest = line.split(" ", 3)
+            assert (name not in types) == (word == "HELP" or name == current)
+            current = name
+            if word == "TYPE":
+                assert name not in types and rest in ("counter", "gauge", "histogram")
+                types[name] = rest
+            continue
+        found = re.fullmatch(r'([a-z_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? (\S+)', line)
+        assert found and line not in seen
+        float(found[3])
+        seen.add(found[1] + (found[2] or ""))
+        assert re.sub(r"_(bucket|sum|count)$", "", found[1]) == current or found[1] == current
+    return types
+
+
+def test_metrics_are_well_formed_and_add_up(served):
+    get(served, steps=2)
+    page = get(served, "/metrics")[2].decode()
+    types = parse_metrics(page)
+    assert set(types) == set(server.FAMILIES)
+    counted = gauges(served)
+    for name, kind in types.items():
+        if kind == "histogram":
+            for key in [key for key in counted if key.startswith(f"{name}_count")]:
+                labels = key.removeprefix(f"{name}_count").strip("{}")
+                buckets = [counted[k] for k in counted if k.startswith(f"{name}_bucket{{{labels}") and "le=" in k]
+                infinite = f'{name}_bucket{{{labels}{"," if labels else ""}le="+Inf"}}'
+                assert counted[infinite] == counted[key] and buckets[:15] == sorted(buckets[:15])
+    assert counted["papilio_worker_up"] == 1
+    assert counted["process_resident_memory_bytes"] > 2**20
+    (info,) = (key for key in counted if key.startswith("papilio_model_info"))
+    assert f'hash="{served.engine.model.hash}"' in info
+
+
+def test_labels_are_escaped():
+    metrics = server.Metrics()
+    metrics.add("papilio_requests_total", route='a"b\\c\nd', status="200")
+    assert 'route="a\\"b\\\\c\\nd"' in metrics.page({})
+    parse_metrics(metrics.page({}))
+
+
+def test_alerts_and_scraping_use_metrics_that_exist(served):
+    page = get(served, "/metrics")[2].decode()
+    known = set(parse_metrics(page))
+    known |= {name + suffix for name in known for suffix in ("_bucket", "_sum", "_count")}
+    rules = (ROOT / "deploy/alerts.yml").read_text()
+    used = set(re.findall(r"\b(?:papilio|process)_\w+", rules))
+    assert used and used <= known
+    for alert in ("Latency", "Error", "Worker", "Queue"):
+        assert re.search(rf"alert: \w*{alert}", rules)
+    assert "/metrics" in (ROOT / "deploy/prometheus.yml").read_text()
+
+
+def test_openapi_and_validator_are_one_table(served):
+    document = json.loads(get(served, "/openapi.json")[2])
+    assert set(document["paths"]) == set(server.ROUTES)
+    (query,) = {json.dumps(document["paths"][path]["get"]["parameters"]) for path in
+                ("/generate_sample/", "/generate_stream/")}  # fmt: skip
+    schemas = {row["name"]: row["schema"] for row in json.loads(query)}
+    assert set(schemas) == {"steps", "n_images", "seed", "sampler", "class", "guidance"}
+    for name, schema in schemas.items():
+        good = schema.get("enum") or [schema["minimum"], min(schema["maximum"], 64)]
+        bad = ["nonsense"] if "enum" in schema else [schema["minimum"] - 1, schema["maximum"] + 1]
+        for value in good:
+            assert get(served, **{"steps": 1} | {name: value})[0] == 200
+        for value in bad:
+            assert get(served, **{"steps": 1} | {name: value})[0] == 400
+
+
+def test_a_model_without_classes_has_no_such_parameters(tmp_path):
+    with serving(make_model(tmp_path / "m")) as running:
+        document = json.loads(get(running, "/openapi.json")[2])
+        names = [row["name"] for row in document["paths"]["/generate_sample/"]["get"]["parameters"]]
+        assert names == ["steps", "n_images", "seed", "sampler"]
+        assert get(running, steps=1)[0] == 200 and get(running, steps=1, guidance=2)[0] == 400
+
+
+def test_schemathesis_finds_nothing(served, monkeypatch, tmp_path):
+    """Generated from the document: good and bad requests, 100 of each route."""
+    monkeypatch.setattr(served, "max_cost", 10**9)
+    monkeypatch.setattr(server, "MAX_IMAGES", 4)
+    monkeypatch.setattr(server, "table_of", lambda schedule, sampler, steps: ddpm.plan(schedule, "ddim", 1))
+    tool = Path(sys.executable).with_name("schemathesis")
+    flags = [
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--max-examples",
+        "100",
+        "--seed",
+        "1",
+        "--generation-database",
+        "none",
+    ]
+    done = subprocess.run(
+        [tool, "run", f"http://127.0.0.1:{served.port}/openapi.json", "--checks", "all", *flags],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def command(*flags, cwd=ROOT):
+    """`python server.py` on a free port, killed at the end; its stderr is in `said`."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "server.py", "--port", "0", "--precision", "fp32", *map(str, flags)],
+        cwd=cwd, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process.said = []
+    listening = threading.Event()
+
+    def read() -> None:
+        for line in process.stderr:
+            process.said.append(line)
+            if found := re.search(r"listening on http://\S+:(\d+)", line):
+                process.port = int(found[1])
+                listening.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert listening.wait(60), process.said
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+def test_shutdown_under_load_answers_everyone(folder):
+    """SIGTERM while 30 wait: each accepted request gets its whole picture or a clean 503, and the exit status is 0."""
+    with command("--model", folder, "--batch-size", "2", "--queue", 10**6) as process:
+        statuses, begun = [], threading.Barrier(31)
+
+        def ask(i: int) -> None:
+            with connect(process) as connection:
+                connection.sendall(head(f"/generate_sample/?n_images=16&steps=400&seed={i}"))
+                begun.wait()
+                status, headers, body = read_answer(connection)
+                assert status == 503 or pixels(body).shape[0] > 16
+                statuses.append(status)
+
+        asking = threading.Thread(target=in_threads, args=(30, ask))
+        asking.start()
+        begun.wait()
+        wait_until(lambda: gauges(process)["papilio_queue_requests"] == 30)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(process, "/readyz")[0] == 503)
+        status, headers, _ = get(process, steps=1)
+        assert status == 503 and "retry-after" in headers and get(process, "/healthz")[0] == 200
+        asking.join()
+        assert process.wait(20) == 0
+        print(f"drained in {time.monotonic() - begin:.2f} s, {statuses.count(200)} of 30 finished")
+        assert len(statuses) == 30 and 503 in statuses
+
+
+def test_asked_twice_it_stops_at_once(folder):
+    with command("--model", folder, "--batch-size", "1") as process, connect(process) as connection:
+        connection.sendall(head("/generate_sample/?n_images=64&steps=100"))
+        wait_until(lambda: gauges(process)["papilio_queue_requests"] == 1)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(process, "/readyz")[0] == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+
+
+def test_sighup_loads_the_newest_run(tmp_path, folder):
+    """In a folder of its own, whose newest run changes."""
+    first = make_model(tmp_path / "runs/a/model")
+    with command(cwd=tmp_path) as process:
+        assert get(process, steps=1, seed=1)[1]["x-model-hash"] == sample.load(first).hash
+        second = make_model(tmp_path / "runs/b/model", norm_num_groups=4)
+        process.send_signal(signal.SIGHUP)
+        new = sample.load(second).hash
+        wait_until(lambda: get(process, steps=1, seed=1)[1]["x-model-hash"] == new)
+        (tmp_path / "runs/c/model/unet").mkdir(parents=True)
+        (tmp_path / f"runs/c/model/unet/{sample.WEIGHTS}.safetensors").write_bytes(b"nothing")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: gauges(process).get('papilio_model_loads_total{result="refused"}') == 1)
+        assert get(process, steps=1, seed=1)[1]["x-model-hash"] == new
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "nowhere"], "no such folder"),
+    (["--token-file", "nowhere"], "--token-file nowhere cannot be read"),
+    (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+    (["--port", "99999"], "not a whole number from 0 to 65535"),
+    (["--queue", "0"], "not a whole number"),
+    (["--timeout", "0"], "not a number of at least 0.1"),
+])  # fmt: skip
+def test_bad_flags_get_one_sentence(flags, words, capfd):
+    port = [] if "--port" in flags else ["--port", "0"]
+    before = footprint()
+    assert status_of(server.main, [*flags, *port]) == 2
+    error = capfd.readouterr().err
+    assert words in error and "Traceback" not in error
+    wait_until(lambda: footprint() == before)
+
+
+def test_bad_environment_and_tokens(tmp_path, monkeypatch):
+    bad = subprocess.run(
+        [sys.executable, "server.py"], cwd=ROOT, env=os.environ | {"PORT": "http"}, capture_output=True
+    )
+    assert bad.returncode == 2 and b"--port: 'http' is not a whole number" in bad.stderr
+    file = tmp_path / "tokens"
+    for text, good in (
+        ("correct-horse\n\nbattery-staple \n", True),
+        ("", False),
+        ("short", False),
+        ("two words here", False),
+    ):
+        file.write_text(text)
+        if good:
+            assert server.read_tokens(file) == (b"correct-horse", b"battery-staple")
+        else:
+            with pytest.raises(InputError, match="a token is one line"):
+                server.read_tokens(file)
+    monkeypatch.setenv("PAPILIO_TOKEN", "from-the-environment")
+    assert server.read_tokens(None) == (b"from-the-environment",)
+    monkeypatch.delenv("PAPILIO_TOKEN")
+    assert server.read_tokens(None) == ()
