@@ -860,6 +860,19 @@ def test_schemathesis_finds_nothing(served, monkeypatch, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def test_the_readmes_curl_lines_work(tmp_path):
+    """With the model in the box, as a newcomer has it."""
+    lines = re.findall(r"^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 5
+    with serving(sample.BOX, batch=8) as running:
+        for line in lines:
+            line = line.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}").replace("curl ", "curl -sSf ", 1)
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, timeout=120)
+            assert done.returncode == 0, (line, done.stderr)
+            assert done.stdout or "-o " in line
+    assert [Image.open(file).format for file in sorted(tmp_path.glob("*.png"))] == ["PNG"] * 3
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
