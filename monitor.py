@@ -278,7 +278,7 @@ def open_subject(args: argparse.Namespace) -> tuple[Tensor, Images, Images | Non
     if args.real:
         real = take(data.prepare(args.real, shape[1], channels=shape[0]))
         real = some(real, len(real.pixels))
-    elif real is None and path == sample.BOX:  # which was trained on drawn butterflies
+    elif real is None and path.resolve() == sample.BOX.resolve():  # which was trained on drawn butterflies
         real = fresh(shape)
     if real is None:
         raise InputError(f"{path} does not say which images it should be like; name them with --real")
@@ -294,7 +294,10 @@ def report_quality(args: argparse.Namespace) -> None:
     network = load_features()
     images, real, training, facts = open_subject(args)
     if min(len(images), len(real.pixels)) < 3:
-        raise InputError("quality needs at least 3 images on each side; give more")
+        raise InputError(
+            f"quality needs at least 3 images on each side, and there are {len(images)} to judge and "
+            f"{len(real.pixels)} to compare with; ask for more with -n, or name others with --real"
+        )
     pixels = None if training is None else training.pixels
     rows = {"images": quality(network, images, real.pixels, pixels)}
     if training is not None:

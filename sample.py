@@ -283,7 +283,7 @@ def draw(
     config, null = model.network.config, model.network.config.null_label
     if guidance != 1 and null is None:
         raise InputError(f"--guidance {guidance:g}: this model was trained without hidden classes (train.py "
-                         "--label-dropout); leave it out")  # fmt: skip
+                         "--classes --label-dropout); leave it out")  # fmt: skip
     if null is not None and (labels is None or guidance == 0):
         labels = [null] * len(seeds)
     network = model.network if guidance in (0, 1) else ddpm.guided(model.network, guidance, null)
@@ -425,7 +425,8 @@ FLAGS = {
         "--device": (None, str, "cpu, cuda or mps (default: the fastest there is)"),
         "--precision": (None, tuple(PRECISIONS), "default: bf16 where the hardware has it, else fp32"),
         "--batch-size": (None, whole_number(1, 65536), "images drawn at once (default 8)"),
-        "--compile": (False, bool, "torch.compile the network: minutes the first time, seconds later"),
+        "--compile": (False, bool, "torch.compile the network: minutes the first time, seconds later; on a CPU in bf16 "
+                      "it does not pay"),
         "--exact": (False, bool, f"the same bits whatever an image is drawn with: batches padded to {EXACT_BATCH}"),
     },
 }  # fmt: skip
@@ -555,7 +556,8 @@ def run(args: argparse.Namespace) -> None:
     picture = partial(data.grid, columns=args.n if rows > 1 else None, scale=args.scale)
     if not args.each:
         data.write_png(out, picture(images), facts | describe_grid(config, jobs))
-    print(f"wrote {len(images)} images to {out}/" if args.each else f"wrote {out}")
+    images_word = "image" + "s" * (len(images) > 1)
+    print(f"wrote {len(images)} {images_word} to {out}/" if args.each else f"wrote {out}")
     if args.film:
         frames = (
             images.unflatten(0, (rows, -1)).transpose(0, 1)

@@ -236,19 +236,20 @@ def resolve(run: argparse.Namespace, given: dict, config: dict | None, device: t
         raise InputError("--label-dropout hides classes, which are learnt only with --classes; add it, or leave it out")
     if settings["init"] and (clash := sorted((NETWORK | SCHEDULE) & given.keys())):
         raise InputError(f"--{clash[0].replace('_', '-')} comes from the model that --init names; leave it out")
+    if not settings["channels"]:
+        raise InputError("--channels needs at least one number")
+    levels, patch = len(settings["channels"]), settings["patch_size"]
+    if not settings["init"] and settings["size"] % (patch * 2 ** (levels - 1)):  # before any image is read
+        raise InputError(
+            f"--size {settings['size']} must be a multiple of {patch * 2 ** (levels - 1)}: "
+            f"{levels} levels, each half the size of the one before, and patches of {patch}"
+        )
     return settings
 
 
 def design(settings: dict, classes: Sequence[str]) -> tuple[unet.UNetConfig, ddpm.Schedule]:
     """The network and the noise schedule that the settings describe."""
     widths, patch = settings["channels"], settings["patch_size"]
-    if not widths:
-        raise InputError("--channels needs at least one number")
-    if settings["size"] % patch or settings["size"] // patch % 2 ** (len(widths) - 1):
-        raise InputError(
-            f"--size {settings['size']} must be a multiple of {patch * 2 ** (len(widths) - 1)}: "
-            f"{len(widths)} levels, each half the size of the one before, and patches of {patch}"
-        )
     sides = [settings["size"] // patch // 2**i for i in range(len(widths))]
     if unknown := sorted(set(settings["attention"]) - set(sides)):
         raise InputError(f"--attention {unknown[0]}: the levels' sides are {', '.join(map(str, sides))}")
@@ -773,14 +774,14 @@ def describe(settings: dict, preset: str, state: State, cost: tuple[float, float
     gflop, seconds = cost
     images = (settings["steps"] - state.step) * settings["batch_size"]
     usual = RATES[settings["optimizer"]]
-    slow = (
-        f"\n--lr {settings['lr']:g} is far below {settings['optimizer']}'s default of {usual:g}: many more steps needed"
-    )
+    far = "below" if settings["lr"] < usual / 10 else "above" if settings["lr"] > usual * 10 else None
+    effect = "many more steps needed" if far == "below" else "training may diverge"
+    said = f"\n--lr {settings['lr']:g} is far {far} {settings['optimizer']}'s default of {usual:g}: {effect}"
     return (
         f"{preset}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image\n"
         f"{settings['steps'] - state.step:,} steps of {settings['batch_size']} images on {settings['device']} in "
         f"{settings['precision']}: about {timedelta(seconds=round(images * seconds / world))}"
-    ) + (slow if settings["lr"] < usual / 10 else "")
+    ) + (said if far else "")
 
 
 def train(run: argparse.Namespace, given: dict) -> int:

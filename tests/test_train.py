@@ -609,11 +609,19 @@ def test_the_learning_rate_is_the_optimizers_own(flags, rate):
     assert train.resolve(run, given, None, torch.device("cpu"))["lr"] == rate
 
 
-def test_a_learning_rate_far_below_the_usual_is_said_to_be(fit, tmp_path, capsys):
+def test_a_learning_rate_far_from_the_usual_is_said_to_be(fit, tmp_path, capsys):
     assert fit(tmp_path / "a", "--lr", "1e-4", steps=1) == 0
     assert "--lr 0.0001 is far below muon's default of 0.01" in capsys.readouterr().out
     assert fit(tmp_path / "b", "--lr", "1e-3", steps=1) == 0
-    assert "far below" not in capsys.readouterr().out
+    assert "is far" not in capsys.readouterr().out
+    assert fit(tmp_path / "c", "--lr", "0.5", steps=1) == 0
+    assert "--lr 0.5 is far above muon's default of 0.01" in capsys.readouterr().out
+
+
+def test_a_size_that_does_not_fit_is_refused_before_any_image_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.data, "prepare", lambda *_, **__: pytest.fail("read"))
+    assert train.main(["--data", "drawn", "--preset", "nano", "--size", "33", "--out", str(tmp_path / "a")]) == 2
+    assert "--size 33 must be a multiple of 4" in capsys.readouterr().err
 
 
 def test_the_device_decides_and_says_so(tmp_path, capsys, shapes, monkeypatch):
