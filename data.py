@@ -781,8 +781,7 @@ def prepare(
         key = _cache_key(found, size, channels)
     cache = Path(cache or cache_folder())
     folder = cache / "data" / key
-    dataset = _open(folder)
-    if dataset:
+    if dataset := _open(folder):
         return dataset
     with disk_errors(f"prepare {found.name} in {cache}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -793,10 +792,9 @@ def prepare(
             _commit(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    dataset = _open(folder)
-    if dataset is None:
-        raise InputError(f"the prepared data in {folder} changed while it was written; run again")
-    return dataset
+    if dataset := _open(folder):
+        return dataset
+    raise InputError(f"the prepared data in {folder} changed while it was written; run again")
 
 
 def _prepare_auto(size: int, **options) -> Dataset:
@@ -805,7 +803,7 @@ def _prepare_auto(size: int, **options) -> Dataset:
         print("data: the Smithsonian butterflies (--data auto)", flush=True)
     except InputError as error:
         print(f"data: DRAWN BUTTERFLIES (--data auto), because {str(error).partition(';')[0]}", flush=True)
-        dataset = prepare("drawn", size, **options)
+        return prepare("drawn", size, **options)
     return dataset
 
 
@@ -1115,9 +1113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="64", help="Pixels a side, 8 to 1024 (default: %(default)s).")
     parser.add_argument("--channels", type=int, default=3, help="3 for RGB or 1 for grey (default: %(default)s).")
     parser.add_argument("--revision", help="The branch, tag or commit of a hub id (default: its newest).")
-    parser.add_argument(
-        "--out", type=Path, default=Path("data.png"), help="Where the picture goes (default: %(default)s)."
-    )
+    parser.add_argument("--out", type=Path, default=Path("data.png"), help="The picture (default: %(default)s).")
     args = parser.parse_args(argv)
     return exit_status(
         lambda: describe(prepare(args.source, args.size, channels=args.channels, revision=args.revision), args.out)

@@ -932,6 +932,21 @@ def test_shutdown_under_load_answers_everyone(folder):
         assert len(statuses) == 30 and 503 in statuses
 
 
+def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path):
+    flags = ("--model", folder, "--host", "0.0.0.0", "--allow-host", "Butterflies.Example", "--save", tmp_path / "kept")
+    with command(*flags) as process:
+        wait_until(lambda: any("WARNING" in line and "token" in line for line in process.said))
+        for host, status in (("butterflies.example", 200), ("127.0.0.1", 200), ("other.example", 421)):
+            assert send(process, head("/generate_sample/?steps=1", host=host))[0] == status
+        wait_until(lambda: len(list(tmp_path.glob("kept/*/*.png"))) == 2)
+    file = tmp_path / "tokens"
+    file.write_text("correct-horse\n")
+    with command("--model", folder, "--host", "0.0.0.0", "--token-file", file) as process:
+        assert get(process, steps=1)[0] == 401
+        assert get(process, "/generate_sample/", "Authorization: Bearer correct-horse", steps=1)[0] == 200
+        assert not any("WARNING" in line for line in process.said)
+
+
 def test_asked_twice_it_stops_at_once(folder):
     with command("--model", folder, "--batch-size", "1") as process, connect(process) as connection:
         connection.sendall(head("/generate_sample/?n_images=64&steps=100"))
