@@ -937,12 +937,12 @@ FLAGS = {
     "to whom": {
         "--host": ("127.0.0.1", str, "address to listen on; 0.0.0.0 is all of this machine's"),
         "--port": (os.environ.get("PORT", "8000"), sample.whole_number(0, 65535), "$PORT, or 8000; 0 takes a free one"),
-        "--allow-host": ([], str, "a name by which this server may be asked, beside localhost; may be repeated",
+        "--allow-host": (None, str, "a name by which this server may be asked, beside localhost; may be repeated",
                          {"action": "append"}),
         "--token-file": (None, Path, "tokens, one a line, of which a request must bring one (default: $PAPILIO_TOKEN)"),
     },
     "how much": {
-        "--batch-size": (8, sample.whole_number(1, 1024), "images that share a call of the network"),
+        "--batch-size": (8, sample.whole_number(1, 1024), "images that share a call of the network, but with --exact"),
         "--max-cost": (6400, sample.whole_number(1), "images x steps that one request may ask for"),
         "--queue": (20_000, sample.whole_number(1), "images x steps that may wait; above it requests are told to come "
                     "again"),
@@ -981,7 +981,7 @@ def serve(args: argparse.Namespace) -> int:
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), args.exact, metrics)
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads: sigwait below takes them
-    server = Server((args.host, args.port), engine, hosts=args.allow_host, tokens=tokens, store=store,
+    server = Server((args.host, args.port), engine, hosts=args.allow_host or (), tokens=tokens, store=store,
                     seconds=args.timeout, max_cost=args.max_cost)  # fmt: skip
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
