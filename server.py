@@ -44,11 +44,10 @@ import ddpm
 import sample
 from data import InputError
 
-MAX_HEAD, MAX_TARGET, MAX_HEADERS = 32 * 1024, 8 * 1024, 100
+MAX_HEAD, MAX_TARGET, MAX_HEADERS, MAX_CONNECTIONS, MAX_IMAGES = 32 * 1024, 8 * 1024, 100, 256, 64
 HEAD_SECONDS, WRITE_SECONDS, LINGER_SECONDS, HEARTBEAT_SECONDS = 10.0, 10.0, 2.0, 10.0
 SLOWEST_READER = 64 * 1024  # bytes a second: an answer may take so long, beside WRITE_SECONDS
 DRAIN_SECONDS = 6.0  # container hosts kill at 10 s
-MAX_CONNECTIONS, MAX_IMAGES = 256, 64
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 ERROR = ("message", "type", "param", "code", "request_id")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY")
@@ -65,6 +64,7 @@ class Refusal(Exception):
 # Made anew each time: an exception keeps the frames that it went through.
 closed = partial(Refusal, 503, "this server is shutting down; ask another one", headers={"Retry-After": "5"})
 failed = partial(Refusal, 500, "the images could not be drawn")
+left = partial(Refusal, 408, "the client has left")
 late = partial(Refusal, 504, "the images were not finished in time; ask for fewer, or later")
 
 
@@ -326,6 +326,7 @@ class Engine:
             if job in self.jobs:
                 self.jobs.remove(job)
                 job.error = error
+                self.metrics.add("papilio_departures_total", error is not None and error.status == 408)
             self.lock.notify_all()
         job.news.set()
         job.done.set()
@@ -368,8 +369,7 @@ class Engine:
             poll.register(number, select.POLLIN)
         for number, _ in poll.poll(0):
             if watched[number].gone():
-                self.metrics.add("papilio_departures_total")
-                self.end(watched[number], Refusal(408, "the client has left"))
+                self.end(watched[number], left())
         for job in [job for job in self.jobs if job.deadline < time.monotonic()]:
             self.end(job, late())
 
@@ -452,8 +452,10 @@ class Engine:
 
 # name: (type, what it is)
 FAMILIES = {
-    "papilio_requests_total": ("counter", "Requests, by route and status."),
-    "papilio_request_seconds": ("histogram", "From the first byte to the last of the answer, by route and status."),
+    "papilio_request_seconds": (
+        "histogram",
+        "Requests, from the first byte to the last of the answer, by route and status.",
+    ),
     "papilio_queue_wait_seconds": ("histogram", "From a request's admission to its first step."),
     "papilio_step_seconds": ("histogram", "A turn of the engine: one step of a batch of images."),
     "papilio_steps_total": ("counter", "Steps of images; divided by turns and capacity, how full batches are."),
@@ -466,7 +468,6 @@ FAMILIES = {
     "papilio_saved_bytes": ("gauge", "Bytes in the folder of saved images."),
     "papilio_batch_capacity": ("gauge", "Images that a turn can advance."),
     "papilio_queue_requests": ("gauge", "Requests that have been admitted and are not finished."),
-    "papilio_queue_images": ("gauge", "Their images that have not begun."),
     "papilio_queue_steps": ("gauge", "Their image-steps that are left."),
     "papilio_queue_capacity_steps": ("gauge", "Image-steps above which requests are refused with 429."),
     "papilio_connections": ("gauge", "Open connections."),
@@ -585,7 +586,7 @@ table_of = lru_cache(64)(ddpm.plan)
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = request_version = "HTTP/1.1"
-    requestline, disable_nagle_algorithm, server_version, sys_version = "", True, "papilio", ""
+    requestline, disable_nagle_algorithm, server_version, sys_version, head_only = "", True, "papilio", "", False
     server: "Server"
 
     def log_message(self, *_) -> None:
@@ -593,7 +594,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.id, self.status, self.route, self.close_connection = secrets.token_hex(8), 0, "none", True
-        self.head_only = False
         begin = time.perf_counter()
         try:
             try:
@@ -611,9 +611,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.refuse(Refusal(500, "this is a fault of the server"))
         seconds = time.perf_counter() - begin
         if self.route != "none" or self.status != 499:  # a connection without a request is no request
-            labels = {"route": self.route, "status": str(self.status)}
-            self.server.metrics.add("papilio_requests_total", **labels)
-            self.server.metrics.observe("papilio_request_seconds", seconds, **labels)
+            self.server.metrics.observe("papilio_request_seconds", seconds, route=self.route, status=str(self.status))
             log(f"{self.id} {self.route} {self.status} {1000 * seconds:.0f} ms")
 
     def answer(self, request: Request) -> None:
@@ -777,6 +775,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.engine.submit(job)
         try:
             yield
+        except OSError:
+            self.server.engine.end(job, left())
+            raise
         finally:
             self.server.engine.end(job, late())
 
@@ -901,7 +902,6 @@ class Server(ThreadingHTTPServer):
             numbers = {
                 "papilio_batch_capacity": engine.batch,
                 "papilio_queue_requests": len(jobs),
-                "papilio_queue_images": sum(drawing.step == 0 for job in jobs for drawing in job.drawings),
                 "papilio_queue_steps": sum(job.left for job in jobs),
                 "papilio_queue_capacity_steps": engine.capacity,
                 "papilio_connections": len(self.connections),
@@ -980,9 +980,9 @@ def serve(args: argparse.Namespace) -> int:
     store = Store(args.save, args.save_limit * 10**6, metrics) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), args.exact, metrics)
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads: sigwait below takes them
     server = Server((args.host, args.port), engine, hosts=args.allow_host or (), tokens=tokens, store=store,
                     seconds=args.timeout, max_cost=args.max_cost)  # fmt: skip
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads that follow: sigwait takes them
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         engine.load(*source)
@@ -992,9 +992,9 @@ def serve(args: argparse.Namespace) -> int:
         log("listening on http://{}:{}".format(*server.server_address[:2]))
         while signal.sigwait(signals) == signal.SIGHUP:
             threading.Thread(target=engine.reload, args=source, daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})  # asked twice: at once
         log("shutting down")
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # asked twice: at once
         server.drain()
     return 0
 

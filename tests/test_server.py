@@ -472,7 +472,7 @@ def test_after_all_have_left_nothing_is_left(folder):
             client.close()
         wait_until(lambda: not running.engine.jobs and not running.connections)
         now = gauges(running)
-        assert now["papilio_queue_requests"] == now["papilio_queue_images"] == now["papilio_queue_steps"] == 0
+        assert now["papilio_queue_requests"] == now["papilio_queue_steps"] == 0
         assert now["papilio_connections"] == 1 and now["papilio_departures_total"] == 60
 
 
@@ -797,8 +797,8 @@ def test_metrics_are_well_formed_and_add_up(served):
 
 def test_labels_are_escaped():
     metrics = server.Metrics()
-    metrics.add("papilio_requests_total", route='a"b\\c\nd', status="200")
-    assert 'route="a\\"b\\\\c\\nd"' in metrics.page({})
+    metrics.add("papilio_model_loads_total", result='a"b\\c\nd')
+    assert 'result="a\\"b\\\\c\\nd"' in metrics.page({})
     parse_metrics(metrics.page({}))
 
 
@@ -985,8 +985,9 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
 ])  # fmt: skip
 def test_bad_flags_get_one_sentence(flags, words, capfd):
     port = [] if "--port" in flags else ["--port", "0"]
-    before = footprint()
+    before, mask = footprint(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert status_of(server.main, [*flags, *port]) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
     error = capfd.readouterr().err
     assert words in error and "Traceback" not in error
     wait_until(lambda: footprint() == before)
