@@ -338,6 +338,8 @@ class Engine:
             self.lock.wait_for(lambda: not self.jobs, seconds)
             for job in list(self.jobs):
                 self.end(job, closed())
+        if self.thread.ident:  # not to leave in the middle of a step
+            self.thread.join(1)
 
     def alive(self) -> bool:
         return self.thread.is_alive() or self.thread.ident is None
@@ -345,13 +347,14 @@ class Engine:
     @torch.inference_mode()
     def run(self) -> None:
         try:
-            while True:
+            while self.jobs or not self.closed:
                 with self.lock:
-                    self.lock.wait_for(lambda: self.jobs)
+                    self.lock.wait_for(lambda: self.jobs or self.closed)
                     self.drop()
                     chosen = self.choose()
                 try:
-                    self.turn(chosen)
+                    if chosen:
+                        self.turn(chosen)
                 except Exception:  # a full memory, say: the batch is lost, the others go on
                     traceback.print_exc()
                     self.metrics.add("papilio_engine_errors_total")
@@ -511,8 +514,7 @@ class Metrics:
         lines = []
         for family, (kind, sentence) in FAMILIES.items():
             lines += [f"# HELP {family} {sentence}", f"# TYPE {family} {kind}"]
-            suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
-            names = {family + suffix for suffix in suffixes}
+            names = {family + suffix for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
             lines += [f"{name}{labels} {value:.15g}" for (name, labels), value in numbers.items() if name in names]
         return "\n".join([*lines, ""])
 
@@ -574,8 +576,8 @@ def image_facts(job: Job, drawing: Drawing) -> dict:
 
 def log(text: str) -> None:
     """A line on stderr: time, and text without control characters, cut where it is long."""
-    text = re.sub(r"[^ -~]", "?", text)[:300]
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}", file=sys.stderr, flush=True)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    print(now, re.sub(r"[^ -~]", "?", text)[:300], file=sys.stderr, flush=True)
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
@@ -953,12 +955,6 @@ FLAGS = {
 }  # fmt: skip
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("server.py", allow_abbrev=False, description="Draw images over HTTP.")
-    sample.add_flags(parser, FLAGS)
-    return parser.parse_args(argv)
-
-
 def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     """Of the file, or else of $PAPILIO_TOKEN; none where neither is there. InputError for what is no token."""
     source, text = "$PAPILIO_TOKEN", os.environ.get("PAPILIO_TOKEN")
@@ -1000,7 +996,9 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    parser = argparse.ArgumentParser("server.py", allow_abbrev=False, description="Draw images over HTTP.")
+    sample.add_flags(parser, FLAGS)
+    args = parser.parse_args(argv)
     sample.set_threads()
     return data.exit_status(lambda: serve(args))
 
