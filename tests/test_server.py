@@ -200,6 +200,7 @@ RAW = [  # what is sent, the status that it gets
     (b"GET http://evil.example/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 200),  # a probe asks by any name
     (b"GET http://evil.example" + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 421),
     (b"GET http://localhost" + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+    (b"GET http://localhost" + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
     (b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     (b"GET /\x07 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
@@ -415,9 +416,11 @@ def test_images_under_load_equal_their_solo_images(folder, tmp_path):
 
 def test_exact_images_under_load_equal_those_of_sample_to_the_byte(folder, tmp_path):
     with serving(folder, batch=sample.EXACT_BATCH, exact=True) as running:
-        asked = queries(24)
+        asked, shapes = queries(24), set()
+        running.engine.model.network.register_forward_pre_hook(lambda _, inputs: shapes.add(len(inputs[0])))
         answers = in_threads(len(asked), lambda i: get(running, **asked[i]))
         assert answers[0][1]["etag"].startswith('"')
+    assert shapes == {sample.EXACT_BATCH, 2 * sample.EXACT_BATCH}  # the latter with guidance
     for query, (_, _, body) in zip(asked, answers, strict=True):
         assert body == solo(folder, query, tmp_path, "--exact").read_bytes()
 
