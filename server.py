@@ -48,7 +48,8 @@ MAX_HEAD, MAX_TARGET, MAX_HEADERS, MAX_CONNECTIONS, MAX_IMAGES = 32 * 1024, 8 * 
 HEAD_SECONDS, WRITE_SECONDS, LINGER_SECONDS, HEARTBEAT_SECONDS = 10.0, 10.0, 2.0, 10.0
 SLOWEST_READER = 64 * 1024  # bytes a second: an answer may take so long, beside WRITE_SECONDS
 DRAIN_SECONDS = 6.0  # container hosts kill at 10 s
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+MAX_JOBS, MAX_RETRY = 224, 120  # the other connections are for probes and refusals; seconds in Retry-After
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR = ("message", "type", "param", "code", "request_id")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 
@@ -83,9 +84,9 @@ class Request:
 def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes:
     """What comes before the first empty line. Refusal for what cannot become a request, as soon as that is seen, and
     for one that is too long or too late; OSError where the client leaves."""
-    deadline, head = time.monotonic() + seconds, b""
-    while (end := head.find(b"\r\n\r\n")) < 0 and len(head) <= MAX_HEAD:
-        if head and not head[:1].isalpha() or re.search(rb"(?<!\r)\n|\r[^\n]", head):
+    deadline, head, seen = time.monotonic() + seconds, b"", 0
+    while (end := head.find(b"\r\n\r\n", seen)) < 0 and len(head) <= MAX_HEAD:
+        if head and not head[:1].isalpha() or BARE.search(head, seen):
             raise Refusal(400, "this is no HTTP request")
         if (left := deadline - time.monotonic()) <= 0:
             raise Refusal(408, f"the request's head took longer than {seconds:g} seconds")
@@ -94,6 +95,7 @@ def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes
             part = connection.recv(65536)
             if not part:
                 raise ConnectionResetError("left")
+            seen = max(0, len(head) - 3)  # what came before was looked at
             head += part
     if not 0 <= end <= MAX_HEAD:
         if b"\r\n" in head[:MAX_TARGET]:
@@ -102,8 +104,10 @@ def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes
     return head[:end]
 
 
+BARE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-TARGET = re.compile(r"(?:http://([^/?#]*))?(/[\w.~!$&'()*+,;=:@%/-]*)(?:\?([\w.~!$&'()*+,;=:@%/?-]*))?", re.ASCII)
+PLAIN = r"(?:[\w.~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
+TARGET = re.compile(rf"(?:http://([^/?#]*))?(/{PLAIN})(?:\?({PLAIN}))?", re.ASCII)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
 
 
@@ -149,8 +153,6 @@ def parse_query(query: str, schemas: dict[str, dict]) -> dict[str, int | float |
     """The values of a query's parameters; each is what its schema says, and there once. Refusal, with its name."""
     values: dict[str, int | float | str] = {}
     for pair in query.split("&") if query else ():
-        if re.search(r"%(?![0-9A-Fa-f]{2})", pair):
-            raise Refusal(400, "a percent sign must be followed by two hexadecimal digits")
         name, _, text = pair.partition("=")
         try:
             name, text = (urllib.parse.unquote_plus(part, errors="strict") for part in (name, text))
@@ -180,16 +182,13 @@ def parse_value(name: str, text: str, schema: dict) -> int | float | str:
 def parameters(model: sample.Model) -> dict[str, dict]:
     """The parameters of a draw, as JSON schemas: what the validator accepts and what /openapi.json says."""
     config, total = model.network.config, model.schedule.num_train_timesteps
-    few = min(ddpm.DEFAULT_STEPS, total)
-    rows = [
-        ("steps", 1, total, f"calls of the network an image (default {few}; with ddpm {total})"),
-        ("n_images", 1, MAX_IMAGES, "images, drawn into one grid (default 1)"),
-        ("seed", 0, 2**63 - 1, "of the first image; image i is that of seed + i (default: any, see X-Seed)"),
-    ]
-    table = {name: {"type": "integer", "minimum": low, "maximum": high, "description": text}
-             for name, low, high, text in rows}  # fmt: skip
-    samplers = {"enum": list(ddpm.SAMPLERS), "description": f"how steps are made (default {ddpm.DEFAULT_SAMPLER})"}
-    table["sampler"] = {"type": "string"} | samplers
+    usual = f"calls of the network an image (default {min(ddpm.DEFAULT_STEPS, total)}; with ddpm {total})"
+    table = {
+        "steps": {"type": "integer", "minimum": 1, "maximum": total, "description": usual},
+        "n_images": {"type": "integer", "minimum": 1, "maximum": MAX_IMAGES, "default": 1},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "description": "image i is that of seed + i"},
+        "sampler": {"type": "string", "enum": list(ddpm.SAMPLERS), "default": ddpm.DEFAULT_SAMPLER},
+    }
     if config.class_count:
         names = [sample.class_name(config, label) for label in range(config.class_count)]
         table["class"] = {"type": "string", "enum": names, "description": "(default: the classes in turn, by seed)"}
@@ -247,12 +246,11 @@ class Job:
     def gone(self) -> bool:
         """Whether the client has left; asked where its connection is readable. What came after the request is thrown
         away, for it would hide the end, and a client that does not stop sending counts as gone."""
-        try:
+        with suppress(OSError):
             part = self.connection.recv(65536)
-        except OSError:
-            return True
-        self.drained += len(part)
-        return not part or self.drained > 2**20
+            self.drained += len(part)
+            return not part or self.drained > 2**20
+        return True
 
 
 class Engine:
@@ -263,12 +261,11 @@ class Engine:
     def __init__(self, batch: int, capacity: int, exact: bool, metrics: "Metrics"):
         self.batch = sample.EXACT_BATCH if exact else batch
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
-        self.lock = threading.Condition()
+        self.lock, self.loading = threading.Condition(), threading.Lock()
         self.jobs: list[Job] = []  # in the order in which they have their turns
-        self.promises: deque[tuple[float, int]] = deque()  # when a client that was refused may come, with what
+        self.promises: list[tuple[float, int]] = []  # when a client that was refused may come, with what
         self.model: sample.Model | None = None  # of new jobs
-        self.rate = 100.0  # image-steps a second of full batches
-        self.closed = False
+        self.rate, self.closed = 100.0, False  # image-steps a second of full batches
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def load(self, path: Path | None, device: torch.device, precision: str) -> None:
@@ -291,11 +288,12 @@ class Engine:
 
     def reload(self, *source) -> None:
         """As `load`, but whatever is wrong is told and counted: the model before goes on."""
-        try:
-            self.load(*source)
-        except Exception as error:
-            self.metrics.add("papilio_model_loads_total", result="refused")
-            log(f"the model was not loaded, the one before stays: {error}")
+        with self.loading:  # one after the other, so that the newest is the last
+            try:
+                self.load(*source)
+            except Exception as error:
+                self.metrics.add("papilio_model_loads_total", result="refused")
+                log(f"the model was not loaded, the one before stays: {error}")
 
     def submit(self, job: Job) -> None:
         """Refusal where the job cannot be taken: 503, or 429 with the seconds after which it would find room."""
@@ -303,22 +301,24 @@ class Engine:
             if self.closed or not self.alive():
                 raise closed()
             backlog = sum(other.left for other in self.jobs)
-            if self.jobs and backlog + job.left > self.capacity:
-                raise Refusal(429, "the queue is full", headers={"Retry-After": str(self.promise(backlog, job.left))})
+            room = min(self.capacity, self.rate * (job.deadline - job.arrived))  # what can be finished in time
+            excess = backlog + job.left - (backlog if len(self.jobs) >= MAX_JOBS else room)
+            if self.jobs and excess > 0:
+                raise Refusal(429, "the queue is full", headers={"Retry-After": self.promise(excess, job.left)})
             job.credit = self.QUANTUM
             self.jobs.append(job)
             self.lock.notify_all()
 
-    def promise(self, backlog: int, cost: int) -> int:
+    def promise(self, excess: float, cost: int) -> str:
         """Seconds after which there is room for a job that is refused now, and for those that were refused before it
         and come back when they were told."""
         now = time.monotonic()
-        while self.promises and self.promises[0][0] < now:
-            self.promises.popleft()
+        self.promises = [promise for promise in self.promises if promise[0] > now]
         promised = sum(other for _, other in self.promises)
-        seconds = math.ceil(1.2 * (backlog + promised + cost - self.capacity) / self.rate) + 1
-        self.promises.append((now + seconds, cost))
-        return seconds
+        seconds = min(math.ceil(1.2 * (excess + promised) / self.rate) + 1, MAX_RETRY)
+        if seconds < MAX_RETRY:  # clients that never come are not waited for without end
+            self.promises.append((now + seconds, cost))
+        return str(seconds)
 
     def end(self, job: Job, error: Refusal | None = None) -> None:
         """Ends a job, finished or, with an error, not. From then on its connection is not looked at any more."""
@@ -389,8 +389,8 @@ class Engine:
                 continue
             chosen.append((job, drawing))
             rounds.append((job, unfinished))
-            job.credit -= 1
-            if job.credit == 0:
+            job.credit -= 2 if job.guided else 1
+            if job.credit <= 0:
                 job.credit = self.QUANTUM
                 self.jobs.remove(job)
                 self.jobs.append(job)
@@ -484,29 +484,30 @@ FAMILIES = {
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 
 
+def text_of(labels: dict[str, str]) -> str:
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{str(value).translate(escapes)}"' for key, value in labels.items())
+    return f"{{{pairs}}}" if pairs else ""
+
+
 class Metrics:
     """Counters and histograms, and the page that shows them with gauges: Prometheus text format 0.0.4."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.numbers: dict[tuple[str, str], float] = {}  # by name and labels as text
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
-        key = name, self.text_of(labels)
+        key = name, text_of(labels)
         with self.lock:
             self.numbers[key] = self.numbers.get(key, 0) + value
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        for bound in (*BUCKETS, math.inf):
-            self.add(f"{name}_bucket", value <= bound, **labels, le="+Inf" if bound == math.inf else f"{bound:g}")
-        self.add(f"{name}_sum", value, **labels)
-        self.add(f"{name}_count", 1, **labels)
-
-    @staticmethod
-    def text_of(labels: dict[str, str]) -> str:
-        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-        pairs = ",".join(f'{key}="{str(value).translate(escapes)}"' for key, value in labels.items())
-        return f"{{{pairs}}}" if pairs else ""
+        with self.lock:  # a page has all of it or nothing
+            for bound in (*BUCKETS, math.inf):
+                self.add(f"{name}_bucket", value <= bound, **labels, le="+Inf" if bound == math.inf else f"{bound:g}")
+            self.add(f"{name}_sum", value, **labels)
+            self.add(f"{name}_count", 1, **labels)
 
     def page(self, gauges: dict[tuple[str, str], float]) -> str:
         with self.lock:
@@ -707,7 +708,8 @@ class Handler(BaseHTTPRequestHandler):
             raise job.error
         images = torch.stack([drawing.pixels for drawing in job.drawings])
         self.respond(200, data.encode_png(data.grid(images), job.facts), "image/png", headers)
-        self.save(job)
+        if self.server.store:
+            self.server.store.save(self.id, job)
 
     def get_stream(self, request: Request) -> None:
         """Draws images and tells how it goes, as server-sent events: queued, step (with the newest estimate of an
@@ -727,7 +729,7 @@ class Handler(BaseHTTPRequestHandler):
                 for k, drawing in list(waiting.items()):
                     newest, drawing.preview = drawing.preview, None
                     newest = newest if drawing.pixels is None else (drawing.step, drawing.pixels)
-                    if newest is None:
+                    if newest is None or time.monotonic() > job.deadline:
                         continue
                     step, pixels = newest
                     picture = data.encode_png(data.grid(pixels[None], padding=0), image_facts(job, drawing))
@@ -739,8 +741,8 @@ class Handler(BaseHTTPRequestHandler):
         if job.error:
             self.status = job.error.status
             self.send("error", json.loads(self.error_body(job.error)))
-        elif not waiting:
-            self.save(job)
+        elif not waiting and self.server.store:
+            self.server.store.save(self.id, job)
 
     def send(self, event: str, content: dict) -> None:
         """One event, or, unnamed, a heartbeat; OSError where the client does not take it in time."""
@@ -782,10 +784,6 @@ class Handler(BaseHTTPRequestHandler):
             raise
         finally:
             self.server.engine.end(job, late())
-
-    def save(self, job: Job) -> None:
-        if self.server.store:
-            self.server.store.save(self.id, job)
 
     def job_headers(self, job: Job) -> dict[str, str]:
         return {"X-Seed": str(job.args.seed), "X-Model-Hash": job.model.hash}
@@ -838,7 +836,10 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address, engine: Engine, *, hosts=(), tokens=(), store=None, seconds=120.0, max_cost=6400):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.hosts = {*LOOPBACK, address[0], *(host.lower() for host in hosts)}
+        named = [HOST.fullmatch((f"[{n}]" if n.count(":") > 1 else n).lower()) for n in (address[0], *hosts)]
+        if not all(named):
+            raise InputError("--host and --allow-host take the name or address of a machine")
+        self.hosts = {*LOOPBACK, *(name[1] for name in named)}
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
@@ -914,7 +915,7 @@ class Server(ThreadingHTTPServer):
         found = {(name, ""): value for name, value in (numbers | process_gauges()).items()}
         if model:
             labels = {"hash": model.hash, "pixels": model.shape[1], "precision": model.precision}
-            found["papilio_model_info", Metrics.text_of(labels)] = 1
+            found["papilio_model_info", text_of(labels)] = 1
         return found
 
     def drain(self) -> None:
@@ -939,15 +940,13 @@ FLAGS = {
     "to whom": {
         "--host": ("127.0.0.1", str, "address to listen on; 0.0.0.0 is all of this machine's"),
         "--port": (os.environ.get("PORT", "8000"), sample.whole_number(0, 65535), "$PORT, or 8000; 0 takes a free one"),
-        "--allow-host": (None, str, "a name by which this server may be asked, beside localhost; may be repeated",
-                         {"action": "append"}),
+        "--allow-host": (None, str, "a name to answer to, beside localhost; may be repeated", {"action": "append"}),
         "--token-file": (None, Path, "tokens, one a line, of which a request must bring one (default: $PAPILIO_TOKEN)"),
     },
     "how much": {
         "--batch-size": (8, sample.whole_number(1, 1024), "images that share a call of the network, but with --exact"),
         "--max-cost": (6400, sample.whole_number(1), "images x steps that one request may ask for"),
-        "--queue": (20_000, sample.whole_number(1), "images x steps that may wait; above it requests are told to come "
-                    "again"),
+        "--queue": (20_000, sample.whole_number(1), "images x steps that may wait; more are refused for a while"),
         "--timeout": (120.0, sample.real(0.1), "seconds after which a request is given up"),
         "--save": (None, Path, "folder to keep what was drawn in, for monitor.py (default: nothing is kept)"),
         "--save-limit": (1000, sample.whole_number(1), "megabytes of it; above them the oldest day is deleted"),
@@ -959,12 +958,10 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     """Of the file, or else of $PAPILIO_TOKEN; none where neither is there. InputError for what is no token."""
     source, text = "$PAPILIO_TOKEN", os.environ.get("PAPILIO_TOKEN")
     if file:
-        try:
-            source, text = f"--token-file {file}", file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(f"--token-file {file} cannot be read: {data.reason(error)}") from error
+        with data.disk_errors(f"read --token-file {file}"):
+            source, text = f"--token-file {file}", file.read_text(encoding="utf-8", errors="replace")
     tokens = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    if text is not None and not all(re.fullmatch(r"[!-~]{8,}", token) for token in tokens) or (file and not tokens):
+    if text is not None and not (tokens and all(re.fullmatch(r"[!-~]{8,}", token) for token in tokens)):
         raise InputError(f"{source}: a token is one line of at least 8 visible ASCII characters")
     return tuple(token.encode() for token in tokens)
 
@@ -979,19 +976,21 @@ def serve(args: argparse.Namespace) -> int:
     server = Server((args.host, args.port), engine, hosts=args.allow_host or (), tokens=tokens, store=store,
                     seconds=args.timeout, max_cost=args.max_cost)  # fmt: skip
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads that follow: sigwait takes them
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
         engine.load(*source)
         engine.thread.start()
-        if args.host not in LOOPBACK and not tokens:
+        if args.host not in (*LOOPBACK, "::1") and not tokens:
             log("WARNING: whoever reaches this address may draw; --token-file asks for a token")
         log("listening on http://{}:{}".format(*server.server_address[:2]))
         while signal.sigwait(signals) == signal.SIGHUP:
             threading.Thread(target=engine.reload, args=source, daemon=True).start()
         log("shutting down")
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # asked twice: at once
+        signal.pthread_sigmask(signal.SIG_SETMASK, before | {signal.SIGHUP})  # asked twice to end: at once
         server.drain()
+    if engine.thread.is_alive():  # a long step: PyTorch does not survive the interpreter's end in it
+        os._exit(0)
     return 0
 
 

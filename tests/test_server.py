@@ -355,6 +355,28 @@ def test_tokens(folder):
             assert send(running, head(probe, host="10.0.0.7:8000"))[0] == 200
 
 
+def test_a_heads_cost_is_linear(served):
+    """Spaces before a bad byte, and a head in single bytes: what once took seconds of the processor."""
+    begin = time.process_time()
+    for size in (1_000, 30_000):
+        line = b"X: " + b" " * size + b"\0"
+        assert send(served, b"GET /healthz HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")[0] == 400
+
+    class Dripping:
+        def __init__(self, content):
+            self.bytes = iter(content)
+
+        def settimeout(self, seconds):
+            pass
+
+        def recv(self, size):
+            return bytes([next(self.bytes)])
+
+    content = b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 30_000
+    assert server.read_head(Dripping(content + b"\r\n\r\nrest")) == content
+    assert time.process_time() - begin < 60  # cubic, it would be hours
+
+
 # ---- many requests at once -------------------------------------------------------------------------------------------
 
 
@@ -462,6 +484,47 @@ def test_who_waits_as_long_as_told_is_admitted(folder):
         outcomes = in_threads(100, ask)
         second = outcomes.count("then") + outcomes.count("never")
         assert second >= 40 and outcomes.count("then") >= 0.9 * second
+
+
+def test_retry_after_stays_bounded_whoever_does_not_listen(folder):
+    engine = server.Engine(4, 1000, False, server.Metrics())
+    engine.load(folder, torch.device("cpu"), "fp32")
+    engine.rate = 100.0
+    engine.submit(job_of(engine.model, 10, 100))
+    told = []
+    for _ in range(3000):
+        with pytest.raises(server.Refusal) as refused:
+            engine.submit(job_of(engine.model, 5, 10))
+        told.append(int(refused.value.headers["Retry-After"]))
+    assert told[0] == 2 and told[:150] == sorted(told[:150]) and max(told) == server.MAX_RETRY
+    assert len(engine.promises) * 50 <= server.MAX_RETRY * engine.rate
+
+
+def test_what_cannot_be_finished_in_time_is_not_admitted(folder):
+    with serving(folder, work=False, seconds=5) as running:
+        running.engine.rate = 100.0
+        waiting = threading.Thread(target=lambda: answers.append(get(running, steps=40, n_images=10)[0]))
+        answers = []
+        waiting.start()
+        wait_until(lambda: len(running.engine.jobs) == 1)
+        assert get(running, steps=20, n_images=10)[0] == 429  # 600 image-steps take 6 seconds
+        running.engine.thread.start()
+        waiting.join()
+        assert answers[0] in (200, 504) and get(running, steps=1)[0] == 200
+
+
+def test_probes_are_answered_beside_as_many_as_may_wait(folder, monkeypatch):
+    monkeypatch.setattr(server, "MAX_JOBS", 5)
+    with serving(folder, work=False) as running:
+        clients = [connect(running) for _ in range(5)]
+        for client in clients:
+            client.sendall(head(GOOD))
+        wait_until(lambda: len(running.engine.jobs) == 5)
+        assert get(running, steps=1)[0] == 429 and get(running, "/healthz")[0] == get(running, "/readyz")[0] == 200
+        running.engine.thread.start()
+        assert [read_answer(client)[0] for client in clients] == [200] * 5
+        for client in clients:
+            client.close()
 
 
 def test_after_all_have_left_nothing_is_left(folder):
@@ -707,6 +770,26 @@ def test_a_bad_model_is_refused_and_counted(folder, tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
+def test_of_two_reloads_the_later_stays(folder, tmp_path, monkeypatch):
+    other = make_model(tmp_path / "other", num_class_embeds=4, class_names=NAMES, norm_num_groups=4)
+    plain, begun = sample.load, threading.Event()
+
+    def load(path, *how, **more):
+        if path == folder:
+            begun.set()
+            time.sleep(0.5)
+        return plain(path, *how, **more)
+
+    with serving(folder) as running:
+        monkeypatch.setattr(sample, "load", load)
+        slow = threading.Thread(target=running.engine.reload, args=(folder, torch.device("cpu"), "fp32"))
+        slow.start()
+        begun.wait()
+        running.engine.reload(other, torch.device("cpu"), "fp32")
+        slow.join()
+        assert running.engine.model.hash == plain(other).hash
+
+
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -909,7 +992,7 @@ def command(*flags, cwd=ROOT):
 
 def test_shutdown_under_load_answers_everyone(folder):
     """SIGTERM while 30 wait: each accepted request gets its whole picture or a clean 503, and the exit status is 0."""
-    with command("--model", folder, "--batch-size", "2", "--queue", 10**6) as process:
+    with command("--model", folder, "--batch-size", "2", "--queue", 10**6, "--timeout", 10**6) as process:
         statuses, begun = [], threading.Barrier(31)
 
         def ask(i: int) -> None:
@@ -950,6 +1033,29 @@ def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path)
         assert not any("WARNING" in line for line in process.said)
 
 
+def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
+    """A step of the model in the box with 128 images takes seconds: the process does not wait for it, nor crash."""
+    with command("--model", sample.BOX, "--batch-size", "128", "--queue", 10**6, "--timeout", 10**6) as process:
+        clients = [connect(process) for _ in range(2)]
+        for client in clients:
+            client.sendall(head("/generate_sample/?n_images=64&steps=100"))
+        wait_until(lambda: gauges(process)["papilio_queue_requests"] == 2)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)  # changes nothing any more
+        assert [read_answer(client)[0] for client in clients] == [503, 503]
+        assert process.wait(20) == 0, process.said
+        for client in clients:
+            client.close()
+
+
+def test_names_of_hosts():
+    engine = server.Engine(4, 100, False, server.Metrics())
+    with server.Server(("127.0.0.1", 0), engine, hosts=["Papilio.Example:8443", "fd00::1"]) as made:
+        assert {"papilio.example", "[fd00::1]", "localhost"} <= made.hosts
+    with pytest.raises(InputError, match="--allow-host"):
+        server.Server(("127.0.0.1", 0), engine, hosts=["two words"])
+
+
 def test_asked_twice_it_stops_at_once(folder):
     with command("--model", folder, "--batch-size", "1") as process, connect(process) as connection:
         connection.sendall(head("/generate_sample/?n_images=64&steps=100"))
@@ -980,7 +1086,7 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nowhere"], "no such folder"),
-    (["--token-file", "nowhere"], "--token-file nowhere cannot be read"),
+    (["--token-file", "nowhere"], "cannot read --token-file nowhere"),
     (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
     (["--port", "99999"], "not a whole number from 0 to 65535"),
     (["--queue", "0"], "not a whole number"),
@@ -988,9 +1094,9 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
 ])  # fmt: skip
 def test_bad_flags_get_one_sentence(flags, words, capfd):
     port = [] if "--port" in flags else ["--port", "0"]
-    before, mask = footprint(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    before = footprint()
     assert status_of(server.main, [*flags, *port]) == 2
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    assert not signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP}) & {signal.SIGINT, signal.SIGTERM}
     error = capfd.readouterr().err
     assert words in error and "Traceback" not in error
     wait_until(lambda: footprint() == before)
@@ -1016,5 +1122,8 @@ def test_bad_environment_and_tokens(tmp_path, monkeypatch):
                 server.read_tokens(file)
     monkeypatch.setenv("PAPILIO_TOKEN", "from-the-environment")
     assert server.read_tokens(None) == (b"from-the-environment",)
+    monkeypatch.setenv("PAPILIO_TOKEN", "")
+    with pytest.raises(InputError, match="PAPILIO_TOKEN"):  # a secret that is missing, say
+        server.read_tokens(None)
     monkeypatch.delenv("PAPILIO_TOKEN")
     assert server.read_tokens(None) == ()
