@@ -11,6 +11,7 @@ and threads and writes answers; what comes in is read and checked here (RFC 9112
 import argparse
 import base64
 import hashlib
+import heapq
 import hmac
 import json
 import math
@@ -47,7 +48,7 @@ from data import InputError
 MAX_HEAD, MAX_TARGET, MAX_HEADERS, MAX_CONNECTIONS, MAX_IMAGES = 32 * 1024, 8 * 1024, 100, 256, 64
 HEAD_SECONDS, WRITE_SECONDS, LINGER_SECONDS, HEARTBEAT_SECONDS = 10.0, 10.0, 2.0, 10.0
 SLOWEST_READER = 64 * 1024  # bytes a second: an answer may take so long, beside WRITE_SECONDS
-DRAIN_SECONDS = 6.0  # container hosts kill at 10 s
+DRAIN_SECONDS = 6.0  # and at most 2 s for what follows: container hosts kill at 10 s
 MAX_JOBS, MAX_RETRY = 224, 120  # the other connections are for probes and refusals; seconds in Retry-After
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR = ("message", "type", "param", "code", "request_id")
@@ -108,7 +109,7 @@ BARE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 PLAIN = r"(?:[\w.~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
 TARGET = re.compile(rf"(?:http://([^/?#]*))?(/{PLAIN})(?:\?({PLAIN}))?", re.ASCII)
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.ASCII)
 
 
 def parse_head(head: bytes) -> Request:
@@ -227,21 +228,21 @@ class Job:
     connection: socket.socket | None = None
     deadline: float = math.inf  # of time.monotonic()
     arrived: float = field(default_factory=time.monotonic)
-    credit: int = 0  # image-steps until it is another's turn
+    spent: int = 0  # predictions made, and those before it came
     drained: int = 0  # bytes that came after the request
     error: Refusal | None = None
     news: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def guided(self) -> bool:
-        return self.args.guidance not in (0, 1)
+    def weight(self) -> int:
+        """Predictions that an image-step takes: two with guidance."""
+        return 1 if self.args.guidance in (0, 1) else 2
 
     @property
     def left(self) -> int:
-        """Its price from here: image-steps, twice as many with guidance."""
-        steps = sum(len(self.table) - drawing.step for drawing in self.drawings)
-        return steps * (2 if self.guided else 1)
+        """Its price from here."""
+        return self.weight * sum(len(self.table) - drawing.step for drawing in self.drawings)
 
     def gone(self) -> bool:
         """Whether the client has left; asked where its connection is readable. What came after the request is thrown
@@ -256,13 +257,13 @@ class Job:
 class Engine:
     """Owns the network: admits jobs, and advances them by one step a turn on a thread of its own."""
 
-    QUANTUM = 16  # image-steps that a job has until it is another's turn
+    QUANTUM = 16  # predictions that a job has in each round
 
     def __init__(self, batch: int, capacity: int, exact: bool, metrics: "Metrics"):
         self.batch = sample.EXACT_BATCH if exact else batch
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
         self.lock, self.loading = threading.Condition(), threading.Lock()
-        self.jobs: list[Job] = []  # in the order in which they have their turns
+        self.jobs: list[Job] = []
         self.promises: list[tuple[float, int]] = []  # when a client that was refused may come, with what
         self.model: sample.Model | None = None  # of new jobs
         self.rate, self.closed = 100.0, False  # image-steps a second of full batches
@@ -305,7 +306,7 @@ class Engine:
             excess = backlog + job.left - (backlog if len(self.jobs) >= MAX_JOBS else room)
             if self.jobs and excess > 0:
                 raise Refusal(429, "the queue is full", headers={"Retry-After": self.promise(excess, job.left)})
-            job.credit = self.QUANTUM
+            job.spent = self.newest_round() * self.QUANTUM
             self.jobs.append(job)
             self.lock.notify_all()
 
@@ -315,7 +316,7 @@ class Engine:
         now = time.monotonic()
         self.promises = [promise for promise in self.promises if promise[0] > now]
         promised = sum(other for _, other in self.promises)
-        seconds = min(math.ceil(1.2 * (excess + promised) / self.rate) + 1, MAX_RETRY)
+        seconds = min(math.ceil(1.3 * (excess + promised) / self.rate) + 1, MAX_RETRY)
         if seconds < MAX_RETRY:  # clients that never come are not waited for without end
             self.promises.append((now + seconds, cost))
         return str(seconds)
@@ -339,7 +340,7 @@ class Engine:
             for job in list(self.jobs):
                 self.end(job, closed())
         if self.thread.ident:  # not to leave in the middle of a step
-            self.thread.join(1)
+            self.thread.join(0.5)
 
     def alive(self) -> bool:
         return self.thread.is_alive() or self.thread.ident is None
@@ -377,24 +378,28 @@ class Engine:
             self.end(job, late())
 
     def choose(self) -> list[tuple[Job, Drawing]]:
-        """The images of the next turn: one of each job in order, and so on in rounds until the batch is full; those
-        that were begun come first. A job goes to the end of the order after every QUANTUM image-steps."""
-        chosen: list[tuple[Job, Drawing]] = []
-        rounds = deque(
-            (job, iter([drawing for drawing in job.drawings if drawing.pixels is None])) for job in self.jobs
-        )
-        while rounds and len(chosen) < self.batch:
-            job, unfinished = rounds.popleft()
-            if (drawing := next(unfinished, None)) is None:
-                continue
-            chosen.append((job, drawing))
-            rounds.append((job, unfinished))
-            job.credit -= 2 if job.guided else 1
-            if job.credit <= 0:
-                job.credit = self.QUANTUM
-                self.jobs.remove(job)
-                self.jobs.append(job)
+        """The images of the next turn: one of each job, and so on until the batch is full; those that were begun come
+        first. Fair in predictions: a job that has had its QUANTUM of a round waits for those that have not, and none
+        may save up more than a round (deficit round robin, Shreedhar & Varghese 1996, for batches)."""
+        newest, chosen = self.newest_round(), []
+        for job in self.jobs:
+            job.spent = max(job.spent, (newest - 1) * self.QUANTUM)
+        order = [(job.spent // self.QUANTUM, 0, place) for place, job in enumerate(self.jobs)]
+        heapq.heapify(order)
+        unfinished = [iter([drawing for drawing in job.drawings if drawing.pixels is None]) for job in self.jobs]
+        room = self.batch
+        while order and room > 0:
+            _, share, place = heapq.heappop(order)
+            if drawing := next(unfinished[place], None):
+                job = self.jobs[place]
+                chosen.append((job, drawing))
+                job.spent += job.weight
+                room -= job.weight
+                heapq.heappush(order, (job.spent // self.QUANTUM, share + 1, place))
         return chosen
+
+    def newest_round(self) -> int:
+        return max((job.spent for job in self.jobs), default=0) // self.QUANTUM
 
     def turn(self, chosen: list[tuple[Job, Drawing]]) -> None:
         """One step of each image. Those of one model share a call of the network, guided ones apart: they need two
@@ -402,16 +407,16 @@ class Engine:
         begin, cpu = time.perf_counter(), time.process_time()
         groups: dict[tuple, list[tuple[Job, Drawing]]] = {}
         for job, drawing in chosen:
-            groups.setdefault((job.model, job.guided), []).append((job, drawing))
+            groups.setdefault((job.model, job.weight), []).append((job, drawing))
             if drawing is job.drawings[0] and drawing.step == 0:
                 self.metrics.observe("papilio_queue_wait_seconds", time.monotonic() - job.arrived)
         for members in groups.values():
             self.advance(members)
         seconds = time.perf_counter() - begin
-        if len(chosen) == self.batch and len(groups) == 1:
-            self.rate += 0.1 * (len(chosen) * (2 if chosen[0][0].guided else 1) / seconds - self.rate)
+        if (price := sum(job.weight for job, _ in chosen)) >= self.batch:
+            self.rate += 0.1 * (price / seconds - self.rate)
         self.metrics.observe("papilio_step_seconds", seconds)
-        self.metrics.add("papilio_steps_total", len(chosen))
+        self.metrics.add("papilio_steps_total", price)
         self.metrics.add("papilio_sampling_cpu_seconds_total", time.process_time() - cpu)
         for job in {job for job, _ in chosen}:
             if all(drawing.pixels is not None for drawing in job.drawings):
@@ -420,7 +425,7 @@ class Engine:
 
     def advance(self, members: list[tuple[Job, Drawing]]) -> None:
         """One call of the network: one step of images of one model, in a full batch where bits are to be exact."""
-        model, guided = members[0][0].model, members[0][0].guided
+        model, guided = members[0][0].model, members[0][0].weight == 2
         null, device = model.network.config.null_label, model.device
         columns = states, rows, noises, labels, guidance = [], [], [], [], []
         for job, drawing in members:
@@ -455,13 +460,10 @@ class Engine:
 
 # name: (type, what it is)
 FAMILIES = {
-    "papilio_request_seconds": (
-        "histogram",
-        "Requests, from the first byte to the last of the answer, by route and status.",
-    ),
+    "papilio_request_seconds": ("histogram", "From a request's head to the end of its answer, by route and status."),
     "papilio_queue_wait_seconds": ("histogram", "From a request's admission to its first step."),
     "papilio_step_seconds": ("histogram", "A turn of the engine: one step of a batch of images."),
-    "papilio_steps_total": ("counter", "Steps of images; divided by turns and capacity, how full batches are."),
+    "papilio_steps_total": ("counter", "Image-steps, guided ones twice; by turns and capacity, how full these are."),
     "papilio_images_total": ("counter", "Images finished."),
     "papilio_sampling_cpu_seconds_total": ("counter", "CPU time of the process while the network ran."),
     "papilio_departures_total": ("counter", "Clients that left before their images were finished."),
@@ -469,7 +471,7 @@ FAMILIES = {
     "papilio_model_loads_total": ("counter", "Models loaded, by result."),
     "papilio_save_errors_total": ("counter", "Images that could not be saved."),
     "papilio_saved_bytes": ("gauge", "Bytes in the folder of saved images."),
-    "papilio_batch_capacity": ("gauge", "Images that a turn can advance."),
+    "papilio_batch_capacity": ("gauge", "Image-steps that fit a turn."),
     "papilio_queue_requests": ("gauge", "Requests that have been admitted and are not finished."),
     "papilio_queue_steps": ("gauge", "Their image-steps that are left."),
     "papilio_queue_capacity_steps": ("gauge", "Image-steps above which requests are refused with 429."),
@@ -540,7 +542,11 @@ class Store:
         self.name = f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
         with data.disk_errors(f"write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            self.bytes = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())
+            self.count()
+
+    def count(self) -> None:
+        self.bytes = sum(file.stat().st_size for file in self.folder.glob("*/*") if file.is_file())
+        self.counted = time.monotonic()
 
     def save(self, request_id: str, job: Job) -> None:
         """Never raises: a request does not fail because the disk does."""
@@ -553,21 +559,22 @@ class Store:
                     line = json.dumps({"file": f"{request_id}-{k}.png", **own}) + "\n"
                     self.make_room(day, len(body) + len(line))
                     data.atomic_write(day / f"{request_id}-{k}.png", lambda file, body=body: file.write(body))
+                    self.bytes += len(body)
                     with open(day / self.name, "a", encoding="utf-8") as file:
-                        file.write(line)
-                    self.bytes += len(body) + len(line)
+                        self.bytes += file.write(line)
                 except (InputError, OSError) as error:
                     self.metrics.add("papilio_save_errors_total")
                     log(f"not saved: {error}")
 
     def make_room(self, today: Path, size: int) -> None:
+        if time.monotonic() > self.counted + 60:  # other processes may save here too
+            self.count()
         while self.bytes + size > self.limit:
             days = sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
             if not days or days[0] == today:
                 raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
-            gone = sum(file.stat().st_size for file in days[0].iterdir())
             shutil.rmtree(days[0])
-            self.bytes -= gone
+            self.count()
 
 
 def image_facts(job: Job, drawing: Drawing) -> dict:
@@ -601,6 +608,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             try:
                 head = read_head(self.connection)
+                begin = time.perf_counter()
                 self.server.mark(self.connection, True)
                 self.answer(parse_head(head))
             except Refusal as refusal:
@@ -639,8 +647,8 @@ class Handler(BaseHTTPRequestHandler):
         cross = self.route in GENERATING and request.headers.get("sec-fetch-site") == "cross-site"
         if not host or host[1] not in hosts or cross:
             raise Refusal(403, "pages of other sites may not use this server")
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if tokens and not any([hmac.compare_digest(given, b"Bearer " + token) for token in tokens]):
+        scheme, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if tokens and not (scheme.lower() == b"bearer" and any([hmac.compare_digest(given, t) for t in tokens])):
             raise Refusal(401, "a token is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def respond(self, status: int, body: bytes | None, kind: str, headers: dict[str, str] | None = None) -> None:
@@ -672,7 +680,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_health(self, request: Request) -> None:
         """The process answers and its engine lives: where this fails, start it anew."""
-        alive = self.server.engine.alive()
+        alive = self.server.engine.alive() or self.server.engine.closed
         self.respond(200 if alive else 503, b"ok\n" if alive else b"the engine is dead\n", "text/plain")
 
     def get_ready(self, request: Request) -> None:
@@ -694,7 +702,7 @@ class Handler(BaseHTTPRequestHandler):
         """Draws images: a PNG, in a grid where there are several."""
         job = self.new_job(request)
         headers = self.job_headers(job)
-        if "seed=" in request.query:  # the same request gives the same picture
+        if "seed" in urllib.parse.parse_qs(request.query):  # the same request gives the same picture
             tag = f'"{hashlib.sha256(json.dumps(job.facts).encode()).hexdigest()[:32]}"'
             weak = "" if self.server.engine.exact else "W/"  # bits depend on the batch, unless they are exact
             headers |= {"ETag": weak + tag, "Cache-Control": "no-cache"}
@@ -921,9 +929,9 @@ class Server(ThreadingHTTPServer):
     def drain(self) -> None:
         """Finishes what was admitted, as far as DRAIN_SECONDS go, and refuses the rest; then stops listening."""
         self.engine.close(DRAIN_SECONDS)
+        self.shutdown()
         with self.lock:
             self.lock.wait_for(lambda: not any(self.connections.values()), 1)
-        self.shutdown()
         self.server_close()
 
 
@@ -966,7 +974,7 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     return tuple(token.encode() for token in tokens)
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.token_file)
     device, metrics = sample.choose_device(args.device), Metrics()
     source = args.model, device, sample.choose_precision(device, args.precision)
@@ -989,9 +997,8 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before | {signal.SIGHUP})  # asked twice to end: at once
         server.drain()
-    if engine.thread.is_alive():  # a long step: PyTorch does not survive the interpreter's end in it
-        os._exit(0)
-    return 0
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end aborts where a thread is still in a step, or writes a line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
