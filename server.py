@@ -680,14 +680,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_health(self, request: Request) -> None:
         """The process answers and its engine lives: where this fails, start it anew."""
-        alive = self.server.engine.alive() or self.server.engine.closed
-        self.respond(200 if alive else 503, b"ok\n" if alive else b"the engine is dead\n", "text/plain")
+        self.tell(self.server.engine.alive() or self.server.engine.closed)
 
     def get_ready(self, request: Request) -> None:
         """Requests are taken: a model is loaded, the engine lives, and the server is not shutting down."""
         engine = self.server.engine
-        ready = engine.model is not None and engine.alive() and not engine.closed
-        self.respond(200 if ready else 503, b"ready\n" if ready else b"not ready\n", "text/plain")
+        self.tell(engine.model is not None and engine.alive() and not engine.closed)
+
+    def tell(self, good: bool) -> None:
+        self.respond(200 if good else 503, b"ok\n" if good else b"no\n", "text/plain")
 
     def get_metrics(self, request: Request) -> None:
         """Telemetry in the text format of Prometheus."""
@@ -775,9 +776,8 @@ class Handler(BaseHTTPRequestHandler):
         facts = sample.describe(args, model, table, 1.0) | sample.describe_grid(model.network.config, jobs)
         job = Job(model, args, table, [Drawing(seed, label) for label, seed in jobs], facts)
         if job.left > self.server.max_cost:
-            raise Refusal(
-                400, f"images x steps may be at most {self.server.max_cost}; guidance counts twice", "n_images"
-            )
+            most = f"images x steps may be at most {self.server.max_cost}; guidance counts twice"
+            raise Refusal(400, most, "n_images")
         return job
 
     @contextmanager
@@ -822,9 +822,8 @@ def describe_routes(model: sample.Model) -> dict:
     for path, (work, kind) in ROUTES.items():
         good = {"description": "as asked for", "content": {kind: {}}}
         bad = {"description": "why not", "content": {"application/json": error, "text/plain": {}}}
-        responses = {"200": good, "default": bad} | (
-            {"304": {"description": "as before"}} if path in GENERATING else {}
-        )
+        unchanged = {"304": {"description": "as before"}} if path in GENERATING else {}
+        responses = {"200": good, "default": bad} | unchanged
         operation = {"summary": " ".join(work.__doc__.split()), "responses": responses}
         paths[path] = {"get": operation | ({"parameters": query} if path in GENERATING else {})}
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
