@@ -11,7 +11,10 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -317,6 +320,59 @@ def draw(
     return torch.cat(drawn)
 
 
+# ---- what was served -------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Images that were served, for the monitor: `<day>/<name>-<k>.png` and a line of JSON each in
+    `<day>/<process>.jsonl`. Above `limit` bytes the oldest day goes first; where only today is left nothing more is
+    saved. Several threads and processes may save into one folder."""
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit, self.lock = folder, limit, threading.Lock()
+        self.log = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
+        with data.disk_errors(f"write to {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.count()
+
+    def count(self) -> None:
+        """Looks at what this and other processes have saved; folders without a log are not theirs."""
+        days = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
+        self.days = sorted(day for day in days if any(day.glob("*.jsonl")))
+        self.bytes = sum(file.stat().st_size for day in self.days for file in day.iterdir())
+        self.counted = time.monotonic()
+
+    def save(self, name: str, images: Sequence[tuple[Tensor, dict]]) -> list[Exception]:
+        """uint8 (C, H, W) images and their facts. Returns why some could not be saved; raises nothing."""
+        day, errors = self.folder / time.strftime("%Y-%m-%d", time.gmtime()), []
+        with self.lock:
+            for k, (pixels, facts) in enumerate(images):
+                try:
+                    facts |= {"request": name, "time": f"{time.time():.3f}"}
+                    body = data.encode_png(data.grid(pixels[None], padding=0), facts)
+                    line = json.dumps({"file": f"{name}-{k}.png", **facts}) + "\n"
+                    self.make_room(day, len(body) + len(line))
+                    data.atomic_write(day / f"{name}-{k}.png", lambda file, body=body: file.write(body))
+                    self.bytes += len(body)
+                    with open(day / self.log, "a", encoding="utf-8") as file:
+                        self.bytes += file.write(line)
+                except (InputError, OSError) as error:
+                    errors.append(error)
+        return errors
+
+    def make_room(self, today: Path, size: int) -> None:
+        if time.monotonic() > self.counted + 60:
+            self.count()
+        while self.bytes + size > self.limit:
+            if not self.days or self.days[0] == today:
+                raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
+            shutil.rmtree(self.days[0])
+            self.count()
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
 def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int]:
     """The labels that --class asks for: names or numbers with commas between, or all. InputError where the model has no
     classes or no such one."""
@@ -461,22 +517,16 @@ def check(args: argparse.Namespace, out: Path) -> None:
         (args.mask and not args.picture, "--mask fills a part of a picture; name it with --from"),
         (args.walk and args.seed is not None, "--walk names its own two seeds; leave --seed out"),
         (args.walk and args.n < 2, "--walk needs at least 2 images, its ends; ask for more with -n"),
-        (
-            args.guidance != 1 and args.picture and args.classes is None,
-            "--guidance is towards a class; say with --class which one the picture is of",
-        ),
-        (
-            args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir()),
-            f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif",
-        ),
+        (args.guidance != 1 and args.picture and args.classes is None,
+         "--guidance is towards a class; say with --class which one the picture is of"),
+        (args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir()),
+         f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif"),
         (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file; with --each name a folder"),
         (not args.each and out.is_dir(), f"--out {out} is a folder; without --each name a file"),
-        (
-            not args.each and out.suffix.lower() != ".png",
-            f"--out {out}: pictures are PNG files; give it a name that ends in .png",
-        ),
+        (not args.each and out.suffix.lower() != ".png",
+         f"--out {out}: pictures are PNG files; give it a name that ends in .png"),
         (clash, f"{', '.join(places)}: no two may name the same place; choose another --out"),
-    ]
+    ]  # fmt: skip
     for wrong, sentence in refused:
         if wrong:
             raise InputError(sentence)

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import select
-import shutil
 import signal
 import socket
 import socketserver
@@ -144,6 +143,8 @@ def parse_head(head: bytes) -> Request:
         raise Refusal(417, "no expectation is met here")
     if int(length) or "transfer-encoding" in headers:
         raise Refusal(413, "no body is taken here; leave it out")
+    if version == "HTTP/1.0":
+        headers.setdefault("host", "unnamed")
     authority = HOST.fullmatch((found[1] if found[1] is not None else headers.get("host", "")).lower())
     if not authority or not HOST.fullmatch(headers.get("host", "").lower()):
         raise Refusal(400, "there must be one Host header, with the name of this server")
@@ -248,7 +249,7 @@ class Job:
         """Whether the client has left; asked where its connection is readable. What came after the request is thrown
         away, for it would hide the end, and a client that does not stop sending counts as gone."""
         with suppress(OSError):
-            part = self.connection.recv(65536)
+            part = self.connection.recv(2**20)
             self.drained += len(part)
             return not part or self.drained > 2**20
         return True
@@ -264,7 +265,7 @@ class Engine:
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
         self.lock, self.loading = threading.Condition(), threading.Lock()
         self.jobs: list[Job] = []
-        self.promises: list[tuple[float, int]] = []  # when a client that was refused may come, with what
+        self.promises: list[tuple[float, float]] = []  # when a client that was refused may come, with what
         self.model: sample.Model | None = None  # of new jobs
         self.rate, self.closed = 100.0, False  # image-steps a second of full batches
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -297,29 +298,35 @@ class Engine:
                 log(f"the model was not loaded, the one before stays: {error}")
 
     def submit(self, job: Job) -> None:
-        """Refusal where the job cannot be taken: 503, or 429 with the seconds after which it would find room."""
+        """Refusal where the job cannot be taken: 503, or 429 with the seconds after which it would find room. That room
+        is kept, from newcomers too, as far as it will not come free by then: of half the queue at most, for not all who
+        are refused come again."""
         with self.lock:
             if self.closed or not self.alive():
                 raise closed()
-            backlog = sum(other.left for other in self.jobs)
+            now = time.monotonic()
             room = min(self.capacity, self.rate * (job.deadline - job.arrived))  # what can be finished in time
-            excess = backlog + job.left - (backlog if len(self.jobs) >= MAX_JOBS else room)
-            if self.jobs and excess > 0:
-                raise Refusal(429, "the queue is full", headers={"Retry-After": self.promise(excess, job.left)})
+            place = room / MAX_JOBS  # the least that a job takes of it
+            cost, costs = max(job.left, place), [max(other.left, place) for other in self.jobs]
+            excess = sum(costs) + cost - room
+            speed = self.rate * sum(costs) / max(1, sum(other.left for other in self.jobs))
+            self.promises = sorted(promise for promise in self.promises if promise[0] > now - 1)
+            kept = next((promise for promise in self.promises if promise[0] <= now and promise[1] > 0.9 * cost), None)
+            owed = missing = 0.0
+            for due, promised in self.promises:
+                if due > now:
+                    owed += promised
+                    missing = max(missing, 1.5 * owed - speed * (due - now))  # 1.5: rates vary
+            if self.jobs and excess + (0 if kept else min(missing, room / 2)) > 0:
+                seconds = min(max(0, math.ceil(1.5 * (excess + owed) / speed)) + 1, MAX_RETRY)
+                if seconds < MAX_RETRY:
+                    self.promises.append((now + seconds, cost))
+                raise Refusal(429, "the queue is full", headers={"Retry-After": str(seconds)})
+            if kept:
+                self.promises.remove(kept)
             job.spent = self.newest_round() * self.QUANTUM
             self.jobs.append(job)
             self.lock.notify_all()
-
-    def promise(self, excess: float, cost: int) -> str:
-        """Seconds after which there is room for a job that is refused now, and for those that were refused before it
-        and come back when they were told."""
-        now = time.monotonic()
-        self.promises = [promise for promise in self.promises if promise[0] > now]
-        promised = sum(other for _, other in self.promises)
-        seconds = min(math.ceil(1.3 * (excess + promised) / self.rate) + 1, MAX_RETRY)
-        if seconds < MAX_RETRY:  # clients that never come are not waited for without end
-            self.promises.append((now + seconds, cost))
-        return str(seconds)
 
     def end(self, job: Job, error: Refusal | None = None) -> None:
         """Ends a job, finished or, with an error, not. From then on its connection is not looked at any more."""
@@ -336,6 +343,7 @@ class Engine:
         """Takes no more jobs, finishes what it can in that time and refuses the rest."""
         with self.lock:
             self.closed = True
+            self.lock.notify_all()
             self.lock.wait_for(lambda: not self.jobs, seconds)
             for job in list(self.jobs):
                 self.end(job, closed())
@@ -357,7 +365,7 @@ class Engine:
                     if chosen:
                         self.turn(chosen)
                 except Exception:  # a full memory, say: the batch is lost, the others go on
-                    traceback.print_exc()
+                    log(traceback.format_exc())
                     self.metrics.add("papilio_engine_errors_total")
                     for job in {job for job, _ in chosen}:
                         self.end(job, failed())
@@ -447,7 +455,7 @@ class Engine:
         output = network(state[:, ddpm.X], table[:, ddpm.TIMESTEP].long().to(device), label)
         state, x0 = ddpm.step(state, output, table, torch.cat(noises).to(device))
         for i, (job, drawing) in enumerate(members):
-            drawing.state = state[i : i + 1]
+            drawing.state = state[i : i + 1].clone()  # a view would hold all of the batch
             drawing.step += 1
             if job.watched:
                 drawing.preview = drawing.step, data.to_uint8(x0[i]).cpu()
@@ -474,8 +482,9 @@ FAMILIES = {
     "papilio_batch_capacity": ("gauge", "Image-steps that fit a turn."),
     "papilio_queue_requests": ("gauge", "Requests that have been admitted and are not finished."),
     "papilio_queue_steps": ("gauge", "Their image-steps that are left."),
-    "papilio_queue_capacity_steps": ("gauge", "Image-steps above which requests are refused with 429."),
+    "papilio_queue_capacity_steps": ("gauge", "Image-steps that may wait, or can be finished in time."),
     "papilio_connections": ("gauge", "Open connections."),
+    "papilio_turned_away_total": ("counter", "Connections closed at their bound, with all of them waiting."),
     "papilio_worker_up": ("gauge", "1 while the engine's thread lives."),
     "papilio_model_info": ("gauge", "1; the labels say which model new requests get."),
     "papilio_gpu_memory_bytes": ("gauge", "Memory that tensors take on the GPU."),
@@ -486,10 +495,10 @@ FAMILIES = {
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 
 
-def text_of(labels: dict[str, str]) -> str:
+def labelled(name: str, **labels: str) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{key}="{str(value).translate(escapes)}"' for key, value in labels.items())
-    return f"{{{pairs}}}" if pairs else ""
+    return f"{name}{{{pairs}}}" if pairs else name
 
 
 class Metrics:
@@ -497,10 +506,10 @@ class Metrics:
 
     def __init__(self):
         self.lock = threading.RLock()
-        self.numbers: dict[tuple[str, str], float] = {}  # by name and labels as text
+        self.numbers: dict[str, float] = {}  # by name and labels
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
-        key = name, text_of(labels)
+        key = labelled(name, **labels)
         with self.lock:
             self.numbers[key] = self.numbers.get(key, 0) + value
 
@@ -511,14 +520,14 @@ class Metrics:
             self.add(f"{name}_sum", value, **labels)
             self.add(f"{name}_count", 1, **labels)
 
-    def page(self, gauges: dict[tuple[str, str], float]) -> str:
+    def page(self, gauges: dict[str, float]) -> str:
         with self.lock:
             numbers = self.numbers | gauges
         lines = []
         for family, (kind, sentence) in FAMILIES.items():
             lines += [f"# HELP {family} {sentence}", f"# TYPE {family} {kind}"]
             names = {family + suffix for suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
-            lines += [f"{name}{labels} {value:.15g}" for (name, labels), value in numbers.items() if name in names]
+            lines += [f"{key} {value:.15g}" for key, value in numbers.items() if key.partition("{")[0] in names]
         return "\n".join([*lines, ""])
 
 
@@ -532,60 +541,16 @@ def process_gauges() -> dict[str, float]:
     return found | ({"papilio_gpu_memory_bytes": torch.cuda.memory_allocated()} if torch.cuda.is_available() else {})
 
 
-class Store:
-    """Images that were served, for the monitor: `<day>/<request>-<k>.png` and a line of JSON each in
-    `<day>/<process>.jsonl`. Above `limit` bytes the oldest day goes first; where only today is left nothing more is
-    saved."""
-
-    def __init__(self, folder: Path, limit: int, metrics: Metrics):
-        self.folder, self.limit, self.metrics, self.lock = folder, limit, metrics, threading.Lock()
-        self.name = f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-        with data.disk_errors(f"write to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.count()
-
-    def count(self) -> None:
-        self.bytes = sum(file.stat().st_size for file in self.folder.glob("*/*") if file.is_file())
-        self.counted = time.monotonic()
-
-    def save(self, request_id: str, job: Job) -> None:
-        """Never raises: a request does not fail because the disk does."""
-        day = self.folder / time.strftime("%Y-%m-%d", time.gmtime())
-        with self.lock:
-            for k, drawing in enumerate(job.drawings):
-                try:
-                    own = image_facts(job, drawing) | {"request": request_id, "time": f"{time.time():.3f}"}
-                    body = data.encode_png(data.grid(drawing.pixels[None], padding=0), own)
-                    line = json.dumps({"file": f"{request_id}-{k}.png", **own}) + "\n"
-                    self.make_room(day, len(body) + len(line))
-                    data.atomic_write(day / f"{request_id}-{k}.png", lambda file, body=body: file.write(body))
-                    self.bytes += len(body)
-                    with open(day / self.name, "a", encoding="utf-8") as file:
-                        self.bytes += file.write(line)
-                except (InputError, OSError) as error:
-                    self.metrics.add("papilio_save_errors_total")
-                    log(f"not saved: {error}")
-
-    def make_room(self, today: Path, size: int) -> None:
-        if time.monotonic() > self.counted + 60:  # other processes may save here too
-            self.count()
-        while self.bytes + size > self.limit:
-            days = sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-            if not days or days[0] == today:
-                raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
-            shutil.rmtree(days[0])
-            self.count()
-
-
 def image_facts(job: Job, drawing: Drawing) -> dict:
     own = {} if drawing.label is None else {"class": sample.class_name(job.model.network.config, drawing.label)}
     return job.facts | own | {"seed": drawing.seed}
 
 
 def log(text: str) -> None:
-    """A line on stderr: time, and text without control characters, cut where it is long."""
+    """A line on stderr: time, and the end of a text, without control characters."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(now, re.sub(r"[^ -~]", "?", text)[:300], file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever reads it may be gone
+        print(now, re.sub(r"[^ -~]+", " ", text)[-1000:], file=sys.stderr, flush=True)
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
@@ -616,7 +581,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client is gone, or does not read
             self.status = self.status or 499
         except Exception:
-            traceback.print_exc()
+            log(traceback.format_exc())
             if not self.status:
                 with suppress(OSError):
                     self.refuse(Refusal(500, "this is a fault of the server"))
@@ -717,8 +682,7 @@ class Handler(BaseHTTPRequestHandler):
             raise job.error
         images = torch.stack([drawing.pixels for drawing in job.drawings])
         self.respond(200, data.encode_png(data.grid(images), job.facts), "image/png", headers)
-        if self.server.store:
-            self.server.store.save(self.id, job)
+        self.keep(job)
 
     def get_stream(self, request: Request) -> None:
         """Draws images and tells how it goes, as server-sent events: queued, step (with the newest estimate of an
@@ -747,11 +711,11 @@ class Handler(BaseHTTPRequestHandler):
                     self.send(name, facts | {"png": base64.b64encode(picture).decode()})
                     if name == "image":
                         del waiting[k]
-        if job.error:
-            self.status = job.error.status
-            self.send("error", json.loads(self.error_body(job.error)))
-        elif not waiting and self.server.store:
-            self.server.store.save(self.id, job)
+        if not waiting:
+            return self.keep(job)
+        error = job.error or late()
+        self.status = error.status
+        self.send("error", json.loads(self.error_body(error)))
 
     def send(self, event: str, content: dict) -> None:
         """One event, or, unnamed, a heartbeat; OSError where the client does not take it in time."""
@@ -771,7 +735,10 @@ class Handler(BaseHTTPRequestHandler):
         values = parse_query(request.query, parameters(model))
         given = {"n": 1, "seed": secrets.randbelow(2**31)} | {NAMES.get(name, name): values[name] for name in values}
         args = argparse.Namespace(**vars(DEFAULTS) | given)
-        table = table_of(model.schedule, args.sampler, args.steps)
+        try:
+            table = table_of(model.schedule, args.sampler, args.steps)
+        except ValueError as error:  # an offset that leads past the last timestep, say
+            raise Refusal(400, str(error), "steps") from error
         jobs = sample.choose_jobs(args, model.network.config)
         facts = sample.describe(args, model, table, 1.0) | sample.describe_grid(model.network.config, jobs)
         job = Job(model, args, table, [Drawing(seed, label) for label, seed in jobs], facts)
@@ -792,6 +759,14 @@ class Handler(BaseHTTPRequestHandler):
             raise
         finally:
             self.server.engine.end(job, late())
+
+    def keep(self, job: Job) -> None:
+        """A request does not fail because the disk does."""
+        if self.server.store:
+            images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
+            for error in self.server.store.save(self.id, images):
+                self.server.metrics.add("papilio_save_errors_total")
+                log(f"not saved: {error}")
 
     def job_headers(self, job: Job) -> dict[str, str]:
         return {"X-Seed": str(job.args.seed), "X-Model-Hash": job.model.hash}
@@ -873,6 +848,7 @@ class Server(ThreadingHTTPServer):
         if not full or idle:
             return super().process_request(connection, address)
         connection.setblocking(False)
+        self.metrics.add("papilio_turned_away_total")
         with suppress(OSError):
             connection.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             connection.shutdown(socket.SHUT_WR)
@@ -905,7 +881,7 @@ class Server(ThreadingHTTPServer):
 
     # -- what handlers and main ask for
 
-    def gauges(self) -> dict[tuple[str, str], float]:
+    def gauges(self) -> dict[str, float]:
         engine = self.engine
         with engine.lock:
             model, jobs = engine.model, list(engine.jobs)
@@ -913,17 +889,16 @@ class Server(ThreadingHTTPServer):
                 "papilio_batch_capacity": engine.batch,
                 "papilio_queue_requests": len(jobs),
                 "papilio_queue_steps": sum(job.left for job in jobs),
-                "papilio_queue_capacity_steps": engine.capacity,
+                "papilio_queue_capacity_steps": min(engine.capacity, engine.rate * self.seconds),
                 "papilio_connections": len(self.connections),
                 "papilio_worker_up": engine.alive(),
             }
         if self.store:
             numbers["papilio_saved_bytes"] = self.store.bytes
-        found = {(name, ""): value for name, value in (numbers | process_gauges()).items()}
         if model:
-            labels = {"hash": model.hash, "pixels": model.shape[1], "precision": model.precision}
-            found["papilio_model_info", text_of(labels)] = 1
-        return found
+            about = {"hash": model.hash, "pixels": model.shape[1], "precision": model.precision}
+            numbers[labelled("papilio_model_info", **about)] = 1
+        return numbers | process_gauges()
 
     def drain(self) -> None:
         """Finishes what was admitted, as far as DRAIN_SECONDS go, and refuses the rest; then stops listening."""
@@ -954,7 +929,7 @@ FLAGS = {
         "--batch-size": (8, sample.whole_number(1, 1024), "images that share a call of the network, but with --exact"),
         "--max-cost": (6400, sample.whole_number(1), "images x steps that one request may ask for"),
         "--queue": (20_000, sample.whole_number(1), "images x steps that may wait; more are refused for a while"),
-        "--timeout": (120.0, sample.real(0.1), "seconds after which a request is given up"),
+        "--timeout": (120.0, sample.real(0.1, 10**6), "seconds after which a request is given up"),
         "--save": (None, Path, "folder to keep what was drawn in, for monitor.py (default: nothing is kept)"),
         "--save-limit": (1000, sample.whole_number(1), "megabytes of it; above them the oldest day is deleted"),
     },
@@ -977,25 +952,36 @@ def serve(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.token_file)
     device, metrics = sample.choose_device(args.device), Metrics()
     source = args.model, device, sample.choose_precision(device, args.precision)
-    store = Store(args.save, args.save_limit * 10**6, metrics) if args.save else None
+    store = sample.Store(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), args.exact, metrics)
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     server = Server((args.host, args.port), engine, hosts=args.allow_host or (), tokens=tokens, store=store,
                     seconds=args.timeout, max_cost=args.max_cost)  # fmt: skip
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads that follow: sigwait takes them
+    received, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())  # gets the number of each signal, whichever thread is interrupted
+    before = [signal.signal(number, lambda *_: None) for number in signals]
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
         engine.load(*source)
-        engine.thread.start()
-        if args.host not in (*LOOPBACK, "::1") and not tokens:
-            log("WARNING: whoever reaches this address may draw; --token-file asks for a token")
-        log("listening on http://{}:{}".format(*server.server_address[:2]))
-        while signal.sigwait(signals) == signal.SIGHUP:
-            threading.Thread(target=engine.reload, args=source, daemon=True).start()
-        log("shutting down")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before | {signal.SIGHUP})  # asked twice to end: at once
+    except InputError:
         server.drain()
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        received.close()
+        wakeup.close()
+        raise
+    engine.thread.start()
+    if args.host not in (*LOOPBACK, "::1") and not tokens:
+        log("WARNING: whoever reaches this address may draw; --token-file asks for a token")
+    log("listening on http://{}:{}".format(*server.server_address[:2]))
+    while received.recv(1)[0] == signal.SIGHUP:
+        threading.Thread(target=engine.reload, args=source, daemon=True).start()
+    log("shutting down")
+    for number in signals[:2]:  # asked twice: at once
+        signal.signal(number, signal.SIG_DFL)
+    server.drain()
     sys.stderr.flush()
     os._exit(0)  # the interpreter's own end aborts where a thread is still in a step, or writes a line
 

@@ -57,12 +57,8 @@ whole, real = sample.whole_number, sample.real
 # name: (default, argparse type or choices or bool, one sentence), by group. What a preset sets stands in PRESETS.
 SETTINGS = {
     "data": {
-        "data": (
-            "auto",
-            str,
-            "folder of images, parquet file, hub id, smithsonian, drawn, drawn:N, or auto: smithsonian where it is "
-            "prepared already or the hub answers, and drawn butterflies elsewhere",
-        ),
+        "data": ("auto", str, "folder of images, parquet file, hub id, smithsonian, drawn, drawn:N, or auto: "
+                 "smithsonian where it is prepared already or the hub answers, and drawn butterflies elsewhere"),
         "revision": (None, str, "commit or branch of a hub id"),
         "size": (32, whole(8, 1024), "side of the images in pixels"),
         "image_channels": (3, whole(1, 3), "3 for colour, 1 for grey"),
@@ -95,25 +91,15 @@ SETTINGS = {
         "epochs": (None, whole(1, 10**6), "passes over the data, in place of --steps"),
         "batch_size": (16, whole(1, 65536), "images an update, over all processes"),
         "accumulate": (1, whole(1, 4096), "parts that a process cuts its share of the batch into, to save memory"),
-        "optimizer": (
-            "muon",
-            ("muon", "adamw"),
-            "muon: orthogonalised updates of the inner convolutions and matrices, AdamW of the rest",
-        ),
-        "lr": (
-            None,
-            real(0, 1000),
-            "highest learning rate; beside Muon AdamW has 0.3 of it (default: muon 0.01, adamw 0.001)",
-        ),
+        "optimizer": ("muon", ("muon", "adamw"), "muon: orthogonalised updates of the inner convolutions and matrices, "
+                      "AdamW of the rest"),
+        "lr": (None, real(0, 1000), "highest learning rate; beside Muon AdamW has 0.3 of it (default: muon 0.01, "
+               "adamw 0.001)"),
         "warmup": (200, whole(0, 10**9), "steps over which the learning rate grows to --lr"),
         "decay": ("cosine", ("cosine", "constant"), "of the learning rate after the warm-up"),
         "weight_decay": (0.01, real(0), "share of the weights that is taken off a step, times the learning rate"),
         "clip": (1.0, real(1e-6), "bound on the gradient's norm"),
-        "ema": (
-            500_000,
-            whole(0),
-            "half-life of the averaged weights in images, up to a tenth of those seen; 0: none",
-        ),
+        "ema": (500_000, whole(0), "half-life of the averaged weights in images, up to a tenth of those seen; 0: none"),
         "seed": (0, whole(0), "of everything random"),
     },
     "watching": {
@@ -128,7 +114,7 @@ SETTINGS = {
         "precision": (None, tuple(sample.PRECISIONS), "of AMP (default: bf16 where the hardware has it)"),
         "compile": (None, bool, "torch.compile the network (default: on a GPU)"),
     },
-}
+}  # fmt: skip
 RATES = {"muon": 0.01, "adamw": 1e-3}
 DEFAULTS = {name: row[0] for group in SETTINGS.values() for name, row in group.items()}
 
@@ -306,36 +292,12 @@ def ema_weight(settings: dict, step: int) -> float:
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 
-class Hashing:
-    """A file that is written through, and the SHA-256 of what went through."""
-
-    def __init__(self, file):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
-
-    def write(self, content) -> int:
-        self.sha256.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
     """One file, its SHA-256 at the end, put in place by one rename; older ones are pruned only after it."""
-
-    def write(file):
-        hashing = Hashing(file)
-        try:
-            torch.save(state, hashing)
-        except RuntimeError as error:  # torch's writer hides what the disk said
-            raise hashing.error or error from None
-        file.write(hashing.sha256.digest())
-
-    data.atomic_write(folder / f"checkpoint-{step:08d}.pt", write)
+    torch.save(state, buffer := io.BytesIO())  # in memory first: torch's writer hides what a disk says
+    content = buffer.getbuffer()
+    parts = content, hashlib.sha256(content).digest()
+    data.atomic_write(folder / f"checkpoint-{step:08d}.pt", lambda file: file.writelines(parts))
     for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
         with data.disk_errors(f"delete {old}"):
             old.unlink()

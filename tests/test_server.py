@@ -1,6 +1,7 @@
 """The server stands: every odd request is answered and leaves nothing behind, and no image depends on the others."""
 
 import base64
+import heapq
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import numpy as np
@@ -53,6 +55,7 @@ def serving(folder, *, work=True, batch=4, capacity=10**6, exact=False, precisio
     finally:
         served.drain()
         listening.join()
+        assert not engine.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,8 @@ RAW = [  # what is sent, the status that it gets
     (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     (b"OPTIONS " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     (b"GET " + GOOD.encode() + b" HTTP/1.0\r\n" + HOST + b"\r\n", 200),
+    (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+    (b"GET " + GOOD.encode() + b" HTTP/1.0\r\n\r\n", 421),
     # headers
     (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
     (b"GET /healthz HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
@@ -527,6 +532,50 @@ def test_retry_after_stays_bounded_whoever_does_not_listen(folder):
     assert len(engine.promises) * 50 <= server.MAX_RETRY * engine.rate
 
 
+def steps_job(now: float, steps: int) -> server.Job:
+    """A job without a network, that came now."""
+    args = server.argparse.Namespace(guidance=1.0)
+    return server.Job(None, args, range(steps), [server.Drawing(0, None)], {}, deadline=now + 120, arrived=now)
+
+
+@pytest.mark.parametrize("capacity", [300, 3000])  # bounded by steps, and by the number of jobs
+@pytest.mark.parametrize("load", [1.5, 2.0])
+@pytest.mark.parametrize("sizes", [(10,), (10, 10, 10, 100)])
+def test_who_comes_again_is_admitted_beside_newcomers(monkeypatch, capacity, load, sizes):
+    """On a clock of our own: clients come at random, more than can be served, and once more when they were told to.
+    Those who were told the longest time that there is have no promise."""
+    now, rng, rate = 0.0, random.Random(0), 113.0
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now))
+    engine = server.Engine(8, capacity, False, server.Metrics())
+    engine.rate = rate
+    pause = sum(sizes) / len(sizes) / rate / load
+    coming, came, admitted, worked = [(rng.expovariate(1 / pause), rng.choice(sizes), False)], 0, 0, 0
+    while now < 150:
+        turn = now
+        while coming[0][0] <= turn:
+            now, steps, again = heapq.heappop(coming)
+            if not again:
+                heapq.heappush(coming, (now + rng.expovariate(1 / pause), rng.choice(sizes), False))
+            came += again
+            try:
+                engine.submit(steps_job(now, steps))
+                admitted += again
+            except server.Refusal as refusal:
+                told = int(refusal.headers["Retry-After"])
+                if not again and told < server.MAX_RETRY:
+                    heapq.heappush(coming, (now + told + rng.uniform(0.002, 0.01), steps, True))
+        now = turn
+        chosen = engine.choose()
+        for job, drawing in chosen:
+            drawing.step += 1
+            if not job.left:
+                engine.end(job)
+        worked += len(chosen)
+        now += max(1, len(chosen)) / rate
+    assert came > 50 and admitted >= 0.9 * came
+    assert worked > 0.9 * 150 * rate  # what is kept free for them is used
+
+
 def test_what_cannot_be_finished_in_time_is_not_admitted(folder):
     with serving(folder, work=False, seconds=5) as running:
         running.engine.rate = 100.0
@@ -680,6 +729,30 @@ def test_a_failing_step_loses_its_requests_alone(folder, monkeypatch, capsys):
         assert gauges(running)["papilio_engine_errors_total"] == 2
 
 
+def test_who_reads_the_log_may_go(folder, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with serving(folder) as running:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        monkeypatch.setattr(running.engine, "advance", lambda members: 1 / 0)
+        assert get(running, steps=1)[0] == 500
+        monkeypatch.undo()
+        assert get(running, steps=1)[0] == 200
+
+
+def test_what_a_schedule_does_not_allow_is_the_clients_mistake(tmp_path):
+    """An offset of its timesteps leaves none for as many steps as there are."""
+    model = make_model(tmp_path / "m")
+    file = model / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps_offset": 1}))
+    with serving(model) as running:
+        status, _, body = get(running, sampler="ddpm")
+        assert status == 400 and json.loads(body)["error"]["param"] == "steps"
+        assert get(running, sampler="ddpm", steps=5)[0] == 200
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_is_told(folder, monkeypatch):
     with serving(folder) as running:
@@ -694,7 +767,7 @@ def test_300_idle_connections_do_not_matter(served):
     with nothing_left(served, 20):
         idle = [connect(served) for _ in range(300)]
         assert get(served, "/healthz")[0] == get(served, steps=1)[0] == 200
-        assert gauges(served)["papilio_connections"] <= server.MAX_CONNECTIONS + 1
+        assert threading.active_count() < 300 and gauges(served)["papilio_connections"] <= server.MAX_CONNECTIONS + 1
         for client in idle:
             client.close()
 
@@ -772,6 +845,21 @@ def test_a_stream_says_what_went_wrong_and_beats_while_it_waits(folder, monkeypa
         assert body.count(b": still here") >= 3
 
 
+def test_a_stream_that_is_not_sent_in_time_says_so(folder, monkeypatch):
+    """The images are drawn in time, but their pictures take too long."""
+    encode = server.data.encode_png
+
+    def slow(*picture):
+        time.sleep(0.3)
+        return encode(*picture)
+
+    with serving(folder, seconds=1) as running:
+        monkeypatch.setattr(server.data, "encode_png", slow)
+        status, _, body = get(running, "/generate_stream/", steps=1, n_images=8)
+        names = [name for name, _ in events(body)]
+        assert status == 200 and names[-1] == "error" and 0 < names.count("image") < 8
+
+
 # ---- models come and go ----------------------------------------------------------------------------------------------
 
 
@@ -841,7 +929,7 @@ def test_of_two_reloads_the_later_stays(folder, tmp_path, monkeypatch):
 
 
 def test_saved_images_say_what_made_them(folder, tmp_path):
-    store = server.Store(tmp_path / "saved", 10**7, server.Metrics())
+    store = sample.Store(tmp_path / "saved", 10**7)
     with serving(folder, store=store) as running:
         _, headers, body = get(running, n_images=2, steps=3, seed=8)
         get(running, "/generate_stream/", n_images=1, steps=3, seed=8)
@@ -862,24 +950,27 @@ def test_the_oldest_day_makes_room(folder, tmp_path):
     for day, size in (("2020-01-01", 3000), ("2020-01-02", 3000)):
         (tmp_path / day).mkdir()
         (tmp_path / day / "old.png").write_bytes(bytes(size))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/keep.txt").write_text("not the server's")
-    store = server.Store(tmp_path, 8000, server.Metrics())
+        (tmp_path / day / "1-a.jsonl").touch()
+    for name in ("mine", "2019-01-01"):  # the latter has no log: photographs of that day, say
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keep.txt").write_text("not the server's")
+    store = sample.Store(tmp_path, 8000)
     with serving(folder, store=store) as running:
         for seed in range(12):
             assert get(running, steps=1, seed=seed)[0] == 200
         wait_until(lambda: not running.connections)
-        failed = running.store.metrics.page({})
+        failed = running.metrics.page({})
     assert not (tmp_path / "2020-01-01").exists() and not (tmp_path / "2020-01-02").exists()
-    assert (tmp_path / "mine/keep.txt").exists()
+    assert (tmp_path / "mine/keep.txt").exists() and (tmp_path / "2019-01-01/keep.txt").exists()
     assert sum(file.stat().st_size for file in tmp_path.glob("*/*")) <= 8000
     assert re.search(r"papilio_save_errors_total [1-9]", failed)  # today's own do not go
 
 
 def test_what_other_processes_save_counts(tmp_path, folder):
-    store = server.Store(tmp_path, 10**6, server.Metrics())
+    store = sample.Store(tmp_path, 10**6)
     (tmp_path / "2020-01-01").mkdir()
     (tmp_path / "2020-01-01/theirs.png").write_bytes(bytes(10**6))
+    (tmp_path / "2020-01-01/2-b.jsonl").touch()
     with serving(folder, store=store) as running:
         get(running, steps=1)
         wait_until(lambda: not running.connections)
@@ -888,17 +979,16 @@ def test_what_other_processes_save_counts(tmp_path, folder):
         get(running, steps=1)
         wait_until(lambda: not running.connections)
     assert not (tmp_path / "2020-01-01").exists()
-    assert store.bytes == sum(file.stat().st_size for file in tmp_path.glob("*/*"))
+    assert store.bytes == sum(file.stat().st_size for file in tmp_path.glob("*/*")) > 1000
 
 
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
-    metrics = server.Metrics()
-    store = server.Store(tmp_path / "saved", 10**7, metrics)
+    store = sample.Store(tmp_path / "saved", 10**7)
     (tmp_path / "saved").rmdir()
     (tmp_path / "saved").write_text("a file is where the folder was")
     with serving(folder, store=store) as running:
         assert get(running, steps=1)[0] == 200
-        wait_until(lambda: "papilio_save_errors_total 1" in metrics.page({}))
+        wait_until(lambda: "papilio_save_errors_total 1" in running.metrics.page({}))
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -1026,11 +1116,12 @@ def test_the_readmes_curl_lines_work(tmp_path):
 
 
 @contextmanager
-def command(*flags, cwd=ROOT):
+def command(*flags, cwd=ROOT, **environment):
     """`python server.py` on a free port, killed at the end; its stderr is in `said`."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "server.py", "--port", "0", "--precision", "fp32", *map(str, flags)],
-        cwd=cwd, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        cwd=cwd, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
     process.said = []
     listening = threading.Event()
 
@@ -1098,7 +1189,8 @@ def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path)
 
 def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
     """A step of the model in the box with 128 images takes seconds: the process does not wait for it, nor crash."""
-    with command("--model", sample.BOX, "--batch-size", "128", "--queue", 10**6, "--timeout", 10**6) as process:
+    flags = ("--model", sample.BOX, "--batch-size", "128", "--queue", 10**6, "--timeout", 10**6)
+    with command(*flags, OMP_NUM_THREADS="2") as process:
         clients = [connect(process) for _ in range(2)]
         for client in clients:
             client.sendall(head("/generate_sample/?n_images=64&steps=100"))
@@ -1160,13 +1252,13 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
     (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
     (["--port", "99999"], "not a whole number from 0 to 65535"),
     (["--queue", "0"], "not a whole number"),
-    (["--timeout", "0"], "not a number of at least 0.1"),
+    (["--timeout", "0"], "not a number from 0.1"),
 ])  # fmt: skip
 def test_bad_flags_get_one_sentence(flags, words, capfd):
     port = [] if "--port" in flags else ["--port", "0"]
-    before = footprint()
+    before, interrupt = footprint(), signal.getsignal(signal.SIGINT)
     assert status_of(server.main, [*flags, *port]) == 2
-    assert not signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP}) & {signal.SIGINT, signal.SIGTERM}
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == interrupt
     error = capfd.readouterr().err
     assert words in error and "Traceback" not in error
     wait_until(lambda: footprint() == before)
