@@ -298,14 +298,16 @@ class Engine:
                 log(f"the model was not loaded, the one before stays: {error}")
 
     def submit(self, job: Job) -> None:
-        """Refusal where the job cannot be taken: 503, or 429 with the seconds after which it would find room. That room
-        is kept, from newcomers too, as far as it will not come free by then: of half the queue at most, for not all who
-        are refused come again."""
+        """Refusal where the job cannot be taken: 503; 400 for one that could not be finished in time even alone; or 429
+        with the seconds after which there is room for it. That room is kept, from newcomers too, as far as it will not
+        come free by then: of half the queue at most, for not all who are refused come again."""
         with self.lock:
             if self.closed or not self.alive():
                 raise closed()
             now = time.monotonic()
             room = min(self.capacity, self.rate * (job.deadline - job.arrived))  # what can be finished in time
+            if job.left > 1.5 * self.rate * (job.deadline - job.arrived):  # 1.5 here and below: rates vary
+                raise Refusal(400, "this takes longer than is allowed here; ask for fewer images or steps", "n_images")
             place = room / MAX_JOBS  # the least that a job takes of it
             cost, costs = max(job.left, place), [max(other.left, place) for other in self.jobs]
             excess = sum(costs) + cost - room
@@ -316,7 +318,7 @@ class Engine:
             for due, promised in self.promises:
                 if due > now:
                     owed += promised
-                    missing = max(missing, 1.5 * owed - speed * (due - now))  # 1.5: rates vary
+                    missing = max(missing, 1.5 * owed - speed * (due - now))
             if self.jobs and excess + (0 if kept else min(missing, room / 2)) > 0:
                 seconds = min(max(0, math.ceil(1.5 * (excess + owed) / speed)) + 1, MAX_RETRY)
                 if seconds < MAX_RETRY:
@@ -677,7 +679,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.head_only:
             return self.respond(200, None, "image/png", headers)
         with self.submitted(job):
-            job.done.wait(max(0, job.deadline - time.monotonic()) + 5)
+            job.done.wait(max(0, job.deadline - time.monotonic()))
         if job.error:
             raise job.error
         images = torch.stack([drawing.pixels for drawing in job.drawings])
@@ -695,8 +697,8 @@ class Handler(BaseHTTPRequestHandler):
             self.respond(200, None, "text/event-stream", self.job_headers(job))
             self.send("queued", {"request_id": self.id, "images": len(job.drawings), "steps": len(job.table)})
             waiting = dict(enumerate(job.drawings))
-            while waiting and not job.error and time.monotonic() < job.deadline + 5:
-                if not job.news.wait(HEARTBEAT_SECONDS):
+            while waiting and not job.error and (left := job.deadline - time.monotonic()) > 0:
+                if not job.news.wait(min(left, HEARTBEAT_SECONDS)):
                     self.send("", {})
                 job.news.clear()
                 for k, drawing in list(waiting.items()):
@@ -804,6 +806,11 @@ def describe_routes(model: sample.Model) -> dict:
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
 
 
+BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n"
+        b'\r\n{"error": {"message": "all connections are taken", "type": "server_error", "param": null, "code": '
+        b'"service_unavailable", "request_id": null}}\n')  # fmt: skip
+
+
 class Server(ThreadingHTTPServer):
     """Sockets and threads, bounded; and what the handlers share.
 
@@ -850,7 +857,7 @@ class Server(ThreadingHTTPServer):
         connection.setblocking(False)
         self.metrics.add("papilio_turned_away_total")
         with suppress(OSError):
-            connection.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            connection.send(BUSY)
             connection.shutdown(socket.SHUT_WR)
         self.lingering.append((time.monotonic() + LINGER_SECONDS, connection))
 

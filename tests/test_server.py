@@ -513,9 +513,9 @@ def test_who_waits_as_long_as_told_is_admitted(folder):
             time.sleep(int(headers["retry-after"]))
             return "then" if get(running, **query)[0] == 200 else "never"
 
-        outcomes = in_threads(100, ask)
+        outcomes = in_threads(60, ask)
         second = outcomes.count("then") + outcomes.count("never")
-        assert second >= 40 and outcomes.count("then") >= 0.9 * second
+        assert second >= 20 and outcomes.count("then") >= 0.9 * second
 
 
 def test_retry_after_stays_bounded_whoever_does_not_listen(folder):
@@ -584,6 +584,8 @@ def test_what_cannot_be_finished_in_time_is_not_admitted(folder):
         waiting.start()
         wait_until(lambda: len(running.engine.jobs) == 1)
         assert get(running, steps=20, n_images=10)[0] == 429  # 600 image-steps take 6 seconds
+        status, _, body = get(running, steps=20, n_images=40)
+        assert status == 400 and "takes longer" in json.loads(body)["error"]["message"]  # 8 seconds even alone
         running.engine.thread.start()
         waiting.join()
         assert answers[0] in (200, 504) and get(running, steps=1)[0] == 200
@@ -779,8 +781,10 @@ def test_at_the_bound_with_all_waiting_one_more_is_turned_away(folder, monkeypat
         for client in clients:
             client.sendall(head(GOOD))
         wait_until(lambda: sum(running.connections.values()) == 3)
-        status, headers, _ = get(running, "/healthz")
+        status, headers, body = get(running, "/healthz")
         assert status == 503 and headers["retry-after"] == "5"
+        assert json.loads(body)["error"].keys() == set(server.ERROR)
+        assert running.metrics.numbers["papilio_turned_away_total"] == 1
         running.engine.thread.start()
         assert [read_answer(client)[0] for client in clients] == [200] * 3
         for client in clients:
@@ -1188,8 +1192,8 @@ def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path)
 
 
 def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
-    """A step of the model in the box with 128 images takes seconds: the process does not wait for it, nor crash."""
-    flags = ("--model", sample.BOX, "--batch-size", "128", "--queue", 10**6, "--timeout", 10**6)
+    """A step of the model in the box with 48 images takes a second: the process does not wait for it, nor crash."""
+    flags = ("--model", sample.BOX, "--batch-size", "48", "--queue", 10**6, "--timeout", 10**6)
     with command(*flags, OMP_NUM_THREADS="2") as process:
         clients = [connect(process) for _ in range(2)]
         for client in clients:
@@ -1228,7 +1232,7 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
         old = sample.load(first).hash
         assert get(process, steps=1, seed=1)[1]["x-model-hash"] == old
         long = connect(process)
-        long.sendall(head("/generate_sample/?steps=100&n_images=60"))
+        long.sendall(head("/generate_sample/?steps=100&n_images=30"))
         wait_until(lambda: gauges(process)["papilio_queue_requests"] == 1)
         second = make_model(tmp_path / "runs/b/model", norm_num_groups=4)
         process.send_signal(signal.SIGHUP)
