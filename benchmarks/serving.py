@@ -179,7 +179,7 @@ def measure_answers(repetitions: int) -> dict:
             return int(re.search(rb"^papilio_queue_requests (\d+)", page.read(), re.MULTILINE)[1])
 
     for _ in range(repetitions):
-        with running("ours", flags=("--queue", "6400")) as servers:
+        with running("ours", flags=("--queue", "6400", "--timeout", "3600")) as servers:
             process, port = servers["ours"]
             process.send_signal(signal.SIGCONT)
             leaving = socket.create_connection(("127.0.0.1", port))
