@@ -339,7 +339,7 @@ class Store:
         """Looks at what this and other processes have saved; folders without a log are not theirs."""
         days = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
         self.days = sorted(day for day in days if any(day.glob("*.jsonl")))
-        self.bytes = sum(file.stat().st_size for day in self.days for file in day.iterdir())
+        self.bytes = sum(file.stat().st_size for day in self.days for file in day.glob("[!.]*"))
         self.counted = time.monotonic()
 
     def save(self, name: str, images: Sequence[tuple[Tensor, dict]]) -> list[Exception]:
@@ -361,12 +361,13 @@ class Store:
         return errors
 
     def make_room(self, today: Path, size: int) -> None:
-        if time.monotonic() > self.counted + 60:
+        if time.monotonic() > self.counted + 600:
             self.count()
         while self.bytes + size > self.limit:
             if not self.days or self.days[0] == today:
                 raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
-            shutil.rmtree(self.days[0])
+            with suppress(FileNotFoundError):  # another process was faster
+                shutil.rmtree(self.days[0])
             self.count()
 
 

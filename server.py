@@ -227,6 +227,7 @@ class Job:
     facts: dict
     watched: bool = False  # whether previews are wanted
     connection: socket.socket | None = None
+    client: str = ""  # its address and what it asks for
     deadline: float = math.inf  # of time.monotonic()
     arrived: float = field(default_factory=time.monotonic)
     spent: int = 0  # predictions made, and those before it came
@@ -265,7 +266,7 @@ class Engine:
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
         self.lock, self.loading = threading.Condition(), threading.Lock()
         self.jobs: list[Job] = []
-        self.promises: list[tuple[float, float]] = []  # when a client that was refused may come, with what
+        self.promises: list[tuple[float, float, str]] = []  # when a client that was refused may come, with what
         self.model: sample.Model | None = None  # of new jobs
         self.rate, self.closed = 100.0, False  # image-steps a second of full batches
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -299,30 +300,29 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Refusal where the job cannot be taken: 503; 400 for one that could not be finished in time even alone; or 429
-        with the seconds after which there is room for it. That room is kept, from newcomers too, as far as it will not
-        come free by then: of half the queue at most, for not all who are refused come again."""
+        with the seconds after which there is room for it. That room is kept until two seconds later, as far as it would
+        not come free by then: half the queue at most, for not all who are refused come again."""
         with self.lock:
             if self.closed or not self.alive():
                 raise closed()
-            now = time.monotonic()
-            room = min(self.capacity, self.rate * (job.deadline - job.arrived))  # what can be finished in time
-            if job.left > 1.5 * self.rate * (job.deadline - job.arrived):  # 1.5 here and below: rates vary
+            now, possible = time.monotonic(), self.rate * (job.deadline - job.arrived)  # what can be finished in time
+            if job.left > possible:
                 raise Refusal(400, "this takes longer than is allowed here; ask for fewer images or steps", "n_images")
+            room = min(self.capacity, possible)
             place = room / MAX_JOBS  # the least that a job takes of it
             cost, costs = max(job.left, place), [max(other.left, place) for other in self.jobs]
             excess = sum(costs) + cost - room
             speed = self.rate * sum(costs) / max(1, sum(other.left for other in self.jobs))
-            self.promises = sorted(promise for promise in self.promises if promise[0] > now - 1)
-            kept = next((promise for promise in self.promises if promise[0] <= now and promise[1] > 0.9 * cost), None)
+            self.promises = sorted(promise for promise in self.promises if promise[0] > now - 2)
+            kept = next((promise for promise in self.promises if promise[0] <= now and promise[2] == job.client), None)
             owed = missing = 0.0
-            for due, promised in self.promises:
-                if due > now:
-                    owed += promised
-                    missing = max(missing, 1.5 * owed - speed * (due - now))
+            for due, promised, _ in self.promises:
+                owed += promised
+                missing = max(missing, 1.5 * owed - speed * max(0, due - now))  # 1.5: rates vary
             if self.jobs and excess + (0 if kept else min(missing, room / 2)) > 0:
                 seconds = min(max(0, math.ceil(1.5 * (excess + owed) / speed)) + 1, MAX_RETRY)
                 if seconds < MAX_RETRY:
-                    self.promises.append((now + seconds, cost))
+                    self.promises.append((now + seconds, cost, job.client))
                 raise Refusal(429, "the queue is full", headers={"Retry-After": str(seconds)})
             if kept:
                 self.promises.remove(kept)
@@ -404,7 +404,7 @@ class Engine:
                 job = self.jobs[place]
                 chosen.append((job, drawing))
                 job.spent += job.weight
-                room -= job.weight
+                room -= 1 if self.exact else job.weight  # exact calls are padded anyway
                 heapq.heappush(order, (job.spent // self.QUANTUM, share + 1, place))
         return chosen
 
@@ -743,7 +743,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, str(error), "steps") from error
         jobs = sample.choose_jobs(args, model.network.config)
         facts = sample.describe(args, model, table, 1.0) | sample.describe_grid(model.network.config, jobs)
-        job = Job(model, args, table, [Drawing(seed, label) for label, seed in jobs], facts)
+        client = f"{self.client_address[0]} {request.query}"
+        job = Job(model, args, table, [Drawing(seed, label) for label, seed in jobs], facts, client=client)
         if job.left > self.server.max_cost:
             most = f"images x steps may be at most {self.server.max_cost}; guidance counts twice"
             raise Refusal(400, most, "n_images")
@@ -765,8 +766,7 @@ class Handler(BaseHTTPRequestHandler):
     def keep(self, job: Job) -> None:
         """A request does not fail because the disk does."""
         if self.server.store:
-            images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
-            for error in self.server.store.save(self.id, images):
+            for error in self.server.store.save(self.id, [(d.pixels, image_facts(job, d)) for d in job.drawings]):
                 self.server.metrics.add("papilio_save_errors_total")
                 log(f"not saved: {error}")
 
@@ -825,7 +825,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address, engine: Engine, *, hosts=(), tokens=(), store=None, seconds=120.0, max_cost=6400):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        named = [HOST.fullmatch((f"[{n}]" if n.count(":") > 1 else n).lower()) for n in (address[0], *hosts)]
+        names = (f"[{name}]" if re.fullmatch(r"[^[]*:.*:.*", name) else name for name in (address[0], *hosts))
+        named = [HOST.fullmatch(name.lower()) for name in names]
         if not all(named):
             raise InputError("--host and --allow-host take the name or address of a machine")
         self.hosts = {*LOOPBACK, *(name[1] for name in named)}
@@ -900,19 +901,19 @@ class Server(ThreadingHTTPServer):
                 "papilio_connections": len(self.connections),
                 "papilio_worker_up": engine.alive(),
             }
-        if self.store:
-            numbers["papilio_saved_bytes"] = self.store.bytes
+        numbers |= {"papilio_saved_bytes": self.store.bytes} if self.store else {}
         if model:
-            about = {"hash": model.hash, "pixels": model.shape[1], "precision": model.precision}
-            numbers[labelled("papilio_model_info", **about)] = 1
+            key = labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
+            numbers[key] = 1
         return numbers | process_gauges()
 
     def drain(self) -> None:
         """Finishes what was admitted, as far as DRAIN_SECONDS go, and refuses the rest; then stops listening."""
+        end = time.monotonic() + DRAIN_SECONDS
         self.engine.close(DRAIN_SECONDS)
         self.shutdown()
         with self.lock:
-            self.lock.wait_for(lambda: not any(self.connections.values()), 1)
+            self.lock.wait_for(lambda: not any(self.connections.values()), max(1, end - time.monotonic()))
         self.server_close()
 
 
@@ -989,7 +990,6 @@ def serve(args: argparse.Namespace) -> None:
     for number in signals[:2]:  # asked twice: at once
         signal.signal(number, signal.SIG_DFL)
     server.drain()
-    sys.stderr.flush()
     os._exit(0)  # the interpreter's own end aborts where a thread is still in a step, or writes a line
 
 
