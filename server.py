@@ -391,13 +391,12 @@ class Engine:
         """The images of the next turn: one of each job, and so on until the batch is full; those that were begun come
         first. Fair in predictions: a job that has had its QUANTUM of a round waits for those that have not, and none
         may save up more than a round (deficit round robin, Shreedhar & Varghese 1996, for batches)."""
-        newest, chosen = self.newest_round(), []
+        newest, room, chosen = self.newest_round(), self.batch, []
         for job in self.jobs:
             job.spent = max(job.spent, (newest - 1) * self.QUANTUM)
         order = [(job.spent // self.QUANTUM, 0, place) for place, job in enumerate(self.jobs)]
         heapq.heapify(order)
         unfinished = [iter([drawing for drawing in job.drawings if drawing.pixels is None]) for job in self.jobs]
-        room = self.batch
         while order and room > 0:
             _, share, place = heapq.heappop(order)
             if drawing := next(unfinished[place], None):
@@ -957,24 +956,25 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
 
 
 def serve(args: argparse.Namespace) -> None:
+    if sys.platform == "win32":
+        raise InputError("the server needs Linux or macOS; on Windows it runs inside of WSL or a container")
     tokens = read_tokens(args.token_file)
     device, metrics = sample.choose_device(args.device), Metrics()
     source = args.model, device, sample.choose_precision(device, args.precision)
     store = sample.Store(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), args.exact, metrics)
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     server = Server((args.host, args.port), engine, hosts=args.allow_host or (), tokens=tokens, store=store,
                     seconds=args.timeout, max_cost=args.max_cost)  # fmt: skip
     received, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno())  # gets the number of each signal, whichever thread is interrupted
-    before = [signal.signal(number, lambda *_: None) for number in signals]
+    before = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
         engine.load(*source)
     except InputError:
         server.drain()
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         received.close()
@@ -987,7 +987,7 @@ def serve(args: argparse.Namespace) -> None:
     while received.recv(1)[0] == signal.SIGHUP:
         threading.Thread(target=engine.reload, args=source, daemon=True).start()
     log("shutting down")
-    for number in signals[:2]:  # asked twice: at once
+    for number in (signal.SIGTERM, signal.SIGINT):  # asked twice: at once
         signal.signal(number, signal.SIG_DFL)
     server.drain()
     os._exit(0)  # the interpreter's own end aborts where a thread is still in a step, or writes a line

@@ -31,6 +31,7 @@ from tests.conftest import status_of
 from tests.test_sample import NAMES, make_model
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server needs Linux or macOS")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def gauges(running) -> dict[str, float]:
 
 def footprint() -> tuple[int, int]:
     """Threads and descriptors of this process."""
-    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+    return threading.active_count(), len(os.listdir("/dev/fd"))
 
 
 @contextmanager
@@ -813,7 +814,7 @@ def test_soak(served, request):
     with nothing_left(served):
         in_threads(8, ask)
     after = gauges(served)
-    grown = after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]
+    grown = sum(page.get("process_resident_memory_bytes", 0) * sign for page, sign in ((after, 1), (before, -1)))
     print(f"{2 * count} requests, {grown / 2**20:.1f} MiB more after the second half")
     assert grown < 20 * 2**20
 
@@ -1039,7 +1040,7 @@ def test_metrics_are_well_formed_and_add_up(served):
                 infinite = f'{name}_bucket{{{labels}{"," if labels else ""}le="+Inf"}}'
                 assert counted[infinite] == counted[key] and buckets[:15] == sorted(buckets[:15])
     assert counted["papilio_worker_up"] == 1
-    assert counted["process_resident_memory_bytes"] > 2**20
+    assert sys.platform != "linux" or counted["process_resident_memory_bytes"] > 2**20
     (info,) = (key for key in counted if key.startswith("papilio_model_info"))
     assert f'hash="{served.engine.model.hash}"' in info
 
