@@ -716,6 +716,26 @@ def test_guided_requests_have_no_more_of_the_network_than_others(folder, plain, 
     assert max(spent.values()) <= 1.05 * min(spent.values())
 
 
+def test_who_could_not_use_a_share_has_saved_nothing_up():
+    """Four jobs of one image beside one of many, which takes what is left; then twelve more of one image come."""
+    engine = server.Engine(8, 10**6, False, server.Metrics())
+    few, many = [steps_job(0.0, 10_000, "") for _ in range(4)], steps_job(0.0, 10_000, "")
+    many.drawings = [server.Drawing(i, None) for i in range(64)]
+    engine.rate, later = 10**6, [steps_job(0.0, 10_000, "") for _ in range(12)]
+
+    def turns(count: int) -> dict[server.Job, int]:
+        chosen = [job for _ in range(count) for job, _ in engine.choose()]
+        return {job: chosen.count(job) for job in engine.jobs}
+
+    for job in (*few, many):
+        engine.submit(job)
+    assert turns(400)[few[0]] == 400  # always
+    for job in later:
+        engine.submit(job)
+    spent = turns(400)
+    assert min(spent[job] for job in later) > 0.7 * max(spent[job] for job in few)
+
+
 def test_deadlines_count_the_queue(folder):
     with serving(folder, work=False, seconds=0.3) as running:
         waiting = threading.Thread(target=lambda: answers.append(get(running, steps=1)))
