@@ -218,7 +218,7 @@ def flip(images: torch.Tensor, seed: int, step: int, start: int = 0, total: int 
 
 
 @contextmanager
-def disk_errors(action: str) -> Iterator[None]:
+def disk_errors(action: str, remedy="free some space, check its permissions or choose another place") -> Iterator[None]:
     """Turn what the disk says (full, no permission, is a directory) into one sentence."""
     try:
         yield
@@ -226,9 +226,7 @@ def disk_errors(action: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a file is where a folder is needed"
-        raise InputError(
-            f"cannot {action}: {reason}; free some space, check its permissions or choose another place"
-        ) from error
+        raise InputError(f"cannot {action}: {reason}; {remedy}") from error
 
 
 def atomic_write(path: Path | str, write: Callable[[BinaryIO], None]) -> None:

@@ -335,11 +335,14 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             self.count()
 
+    def days(self) -> list[Path]:
+        """The oldest first; folders without a log are somebody else's."""
+        named = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
+        return sorted(day for day in named if any(day.glob("*.jsonl")))
+
     def count(self) -> None:
-        """Looks at what this and other processes have saved; folders without a log are not theirs."""
-        days = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-        self.days = sorted(day for day in days if any(day.glob("*.jsonl")))
-        self.bytes = sum(file.stat().st_size for day in self.days for file in day.glob("[!.]*"))
+        """What this and other processes have saved."""
+        self.bytes = sum(file.stat().st_size for day in self.days() for file in day.glob("[!.]*"))
         self.counted = time.monotonic()
 
     def save(self, name: str, images: Sequence[tuple[Tensor, dict]]) -> list[Exception]:
@@ -348,7 +351,7 @@ class Store:
         with self.lock:
             for k, (pixels, facts) in enumerate(images):
                 try:
-                    facts |= {"request": name, "time": f"{time.time():.3f}"}
+                    facts = facts | {"request": name, "time": f"{time.time():.3f}"}
                     body = data.encode_png(data.grid(pixels[None], padding=0), facts)
                     line = json.dumps({"file": f"{name}-{k}.png", **facts}) + "\n"
                     self.make_room(day, len(body) + len(line))
@@ -364,10 +367,11 @@ class Store:
         if time.monotonic() > self.counted + 600:
             self.count()
         while self.bytes + size > self.limit:
-            if not self.days or self.days[0] == today:
+            oldest = next(iter(self.days()), today)
+            if oldest == today:
                 raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
             with suppress(FileNotFoundError):  # another process was faster
-                shutil.rmtree(self.days[0])
+                shutil.rmtree(oldest)
             self.count()
 
 

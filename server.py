@@ -834,7 +834,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Condition()
         self.connections: dict[socket.socket, bool] = {}  # the oldest first; whether it waits for an answer
         self.lingering: deque[tuple[float, socket.socket]] = deque()
-        with data.disk_errors(f"listen on {address[0]} port {address[1]}"):
+        with data.disk_errors(f"listen on {address[0]} port {address[1]}", "choose another --host or --port"):
             super().__init__(address, Handler)
 
     server_bind = socketserver.TCPServer.server_bind  # http.server's asks the network for this machine's name

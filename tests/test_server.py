@@ -997,6 +997,15 @@ def test_the_oldest_day_makes_room(folder, tmp_path):
     assert re.search(r"papilio_save_errors_total [1-9]", failed)  # today's own do not go
 
 
+def test_after_midnight_yesterday_makes_room(tmp_path, monkeypatch):
+    store, images = sample.Store(tmp_path, 5000), [(torch.zeros(3, 16, 16, dtype=torch.uint8), {"seed": 1})]
+    for day, full in (("2020-01-01", True), ("2020-01-02", False)):
+        monkeypatch.setattr(sample.time, "strftime", lambda *_, day=day: day)
+        errors = [store.save(f"{day}-{i}", images) for i in range(30 if full else 1)]
+        assert any(errors) == full and not errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["2020-01-02"]
+
+
 def test_what_other_processes_save_counts(tmp_path, folder):
     store = sample.Store(tmp_path, 10**6)
     (tmp_path / "2020-01-01").mkdir()
@@ -1282,7 +1291,7 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nowhere"], "no such folder"),
     (["--token-file", "nowhere"], "cannot read --token-file nowhere"),
-    (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+    (["--host", "203.0.113.7"], "address; choose another --host or --port"),
     (["--port", "99999"], "not a whole number from 0 to 65535"),
     (["--queue", "0"], "not a whole number"),
     (["--timeout", "0"], "not a number from 0.1"),
