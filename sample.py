@@ -1,23 +1,21 @@
 """A model folder in, images out; and what a model folder is: reading, writing, choosing device and precision.
 
-python sample.py -n 8                        the newest run, a PNG grid
-python sample.py -n 64 --each --out birds    single files
-python sample.py --model FOLDER              a run, a model folder, a folder that diffusers wrote
+    python sample.py -n 8                                 eight images from the newest run, as a grid in samples.png
+    python sample.py --class monarch --guidance 2         one class, exaggerated (of a model with classes)
+    python sample.py --model FOLDER --each --out birds    single files; a run, a model folder, or one from diffusers
+
+A `DrawRequest` says what to draw. The command line and the server both make one, from the flags in DRAW_FLAGS.
 """
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import re
-import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,47 +25,45 @@ from torch import Tensor
 import data
 import ddpm
 import unet
-from data import InputError
+from data import Flag, InputError, real, whole
 
 RUNS = Path("runs")
-BOX = Path(__file__).parent / "weights/butterflies"  # a trained model that comes with the code
+DEFAULT_MODEL = Path(__file__).parent / "builtin/model"
 WEIGHTS = "diffusion_pytorch_model"
 DIFFUSERS_VERSION = "0.40.0"  # whose file layout is written
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXACT_BATCH = 4  # the one batch shape of `--exact`: an image's bits depend on it, so it is the same everywhere
+EXACT_BATCH = 4  # batch size of `--exact`: an image's bits depend on the batch's shape, so it is the same everywhere
+
+Seed = int | tuple[int, int, float]  # a number, or (a, b, f): the noise that lies f of the way from seed a to seed b
 
 
 # ---- device and precision --------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The named device, or the fastest there is. InputError for one that this machine does not have."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Returns the named device, or the fastest one. Raises InputError for one that this machine does not have."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
-        return torch.device(next(kind for kind, available in there.items() if available))
-    try:
+        return torch.device(next(kind for kind in available if available[kind]))
+    with suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or not there.get(device.type, False):
-        raise InputError(
-            f"--device {name}: this machine or this PyTorch has no such device; choose another with --device"
-        )
-    return device
+        if available.get(device.type):
+            return device
+    raise InputError(f"--device {name}: this machine or this PyTorch has no such device; choose another with --device")
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is done by the hardware, rather than emulated."""
+    """Returns whether the hardware computes in bfloat16, rather than emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        ask = getattr(torch.cpu, "get_capabilities", dict)  # PyTorch 2.10 has no public way to ask: fp32 there
-        return any(there is True for name, there in ask().items() if "bf16" in name)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell: fp32 there
+        return any(present is True for name, present in capabilities.items() if "bf16" in name)
     return False
 
 
 def choose_precision(device: torch.device, name: str | None = None) -> str:
-    """The named precision, or bf16 where the hardware has it and fp32 elsewhere."""
+    """Returns the named precision, or bf16 if the hardware has it and fp32 otherwise."""
     if name is None:
         return "bf16" if has_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
@@ -76,36 +72,43 @@ def choose_precision(device: torch.device, name: str | None = None) -> str:
 
 
 def set_threads(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """No more threads than a container may use processors, which PyTorch does not see: more of them wait for each other
-    at every operation. OMP_NUM_THREADS overrules it."""
+    """Caps PyTorch's threads at the container's CPU quota, unless OMP_NUM_THREADS is set.
+
+    PyTorch counts the machine's processors. More threads than the quota allows wait for each other at every operation.
+    """
     with suppress(OSError, ValueError):
         quota, period = cgroup.read_text().split()
         if quota != "max" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(int(quota) / int(period)))))
+            limit = math.ceil(int(quota) / int(period))
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), limit)))
+
+
+def compile_or_continue(network: unet.UNet, call: Callable, mode: str = "default") -> None:
+    """Compiles a network in place with torch.compile and tries it with call().
+
+    If that fails, says so and goes back to eager mode. Compiled code is cached between runs.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.cache_folder() / "compile"))
+    try:
+        network.compile(mode=mode)
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        print(f"torch.compile does not work here ({data.reason(error)}): continuing without it", flush=True)
+        with suppress(Exception):  # if compile() itself raised, there is nothing to undo
+            network.compile(disable=True)
 
 
 def compile_for_drawing(network: unet.UNet, batch: int) -> None:
-    """torch.compile, in place, tried on a batch of this many images; with CUDA graphs on a GPU. What it compiled is
-    kept between runs. Where it does not work, says so and leaves the network as it is."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.cache_folder() / "compile"))
+    """Compiles a network for batches of this many images, with CUDA graphs on a GPU."""
     device, config = network.conv_in.weight.device, network.config
-    network.pack(False)
-    x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
-    t = torch.zeros(batch, dtype=torch.int64, device=device)
-    try:
-        network.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
-        with torch.inference_mode():
-            network(x, t, t if config.num_class_embeds else None)
-    except Exception as error:
-        go_on_without_compile(network, error)
-        network.pack(True)
-
-
-def go_on_without_compile(network: unet.UNet, error: Exception) -> None:
-    reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-    print(f"torch.compile does not work here ({reason}): going on without it", flush=True)
-    with suppress(Exception):  # where even asking raised, there is nothing to undo
-        network.compile(disable=True)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    with torch.inference_mode():  # tensors made outside it would be compiled for separately
+        x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
+        t = torch.zeros(batch, dtype=torch.int64, device=device)
+        labels = t if config.num_class_embeds else None
+        compile_or_continue(network, lambda: network(x, t, labels), mode)
 
 
 # ---- model folders ---------------------------------------------------------------------------------------------------
@@ -113,65 +116,56 @@ def go_on_without_compile(network: unet.UNet, error: Exception) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A network that is ready to draw, and what it was read from."""
+    """A network and its noise schedule, and where they were read from."""
 
     network: unet.UNet
     schedule: ddpm.Schedule
     folder: Path
-    hash: str  # SHA-256 of configurations and weights, as they lie on disk
-    device: torch.device
-    precision: str
+    hash: str  # SHA-256 of the configurations and weights, as they are on disk
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of its images: (channels, height, width)."""
+    def shape(self) -> tuple:
+        """Shape of its images: (channels, height, width)."""
         return self.network.config.image_channels, *self.network.config.image_size
 
 
 def save_model(folder: Path, network: unet.UNet, schedule: ddpm.Schedule) -> None:
-    """Writes a diffusers pipeline folder; in one that is there already, only the weights, by one rename. InputError
-    where the disk refuses."""
-    library = {"_diffusers_version": DIFFUSERS_VERSION}
-    index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    """Writes a diffusers pipeline folder. If the folder exists only the weights are replaced, by one rename.
+
+    Raises InputError if the disk fails, and ValueError for a copy that unet.for_drawing made.
+    """
+    if network.to_embs is not None:
+        raise ValueError("this network is a copy prepared for drawing; save the network that it was made from")
+    tensors = network.state_dict()
+    data.atomic_write(folder / f"unet/{WEIGHTS}.safetensors", lambda file: unet.write_safetensors(tensors, file))
     files = {
         "unet/config.json": {"_class_name": "UNet2DModel", **network.config.to_dict()},
         "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", **schedule.to_dict()},
-        "model_index.json": {"_class_name": "DDPMPipeline", **index},
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
     }
-    if network.to_embs is not None:
-        raise ValueError("a network that was fused for drawing has no longer the weights of a file")
-    tensors = network.state_dict()
-    data.atomic_write(folder / f"unet/{WEIGHTS}.safetensors", lambda file: unet.write_safetensors(tensors, file))
     for name, content in files.items():
         if not (folder / name).exists():
-            write_json(folder / name, library | content)
+            data.write_json(folder / name, {"_diffusers_version": DIFFUSERS_VERSION, **content})
 
 
-def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    data.atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: Path) -> dict:
-    """InputError for a file that is missing, unreadable or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise InputError(f"{path} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds something else than a JSON object")
-    return content
-
-
-def _parts(path: Path) -> tuple[Path, Path, Path]:
-    """The configurations and weights of a run, a pipeline folder or a flat folder: unet, scheduler, weights."""
+def _model_files(path: Path) -> tuple[Path, ...]:
+    """Finds network configuration, scheduler configuration and weights in a run, a pipeline folder or a flat folder."""
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder")
-    if not (path / "model").is_dir() and (path / "metrics.jsonl").exists():
+    folder = path
+    if (path / "model").is_dir():
+        folder = path / "model"
+    elif (path / "metrics.jsonl").exists():
         raise InputError(f"{path}: this run has saved no model yet")
-    folder = path / "model" if (path / "model").is_dir() else path
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    inner = folder / "unet"
+    if not inner.is_dir():
+        inner = folder
     schedulers = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
     scheduler = next((file for file in schedulers if file.is_file()), schedulers[0])
     weights = [inner / f"{WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
@@ -184,60 +178,60 @@ def _parts(path: Path) -> tuple[Path, Path, Path]:
     return inner / "config.json", scheduler, found
 
 
-def load(path: Path | str, device: torch.device | str = "cpu", precision: str = "fp32", *, fuse: bool = True) -> Model:
-    """Reads a run's newest model, a model folder, or what diffusers wrote (flat folders and `.bin` included), checks
-    all of it, and prepares the network for drawing; with `fuse` off its weights keep the names of the file. InputError,
-    one sentence, for whatever is wrong with it."""
+def read_model(path: Path | str) -> Model:
+    """Reads and checks a run's newest model, a model folder, or a folder that diffusers wrote (flat and `.bin` too).
+
+    The network is on the CPU in float32. Raises InputError, one sentence, for anything that is wrong with the folder.
+    """
     with data.disk_errors(f"read {path}"):
-        config_file, schedule_file, weights_file = _parts(Path(path))
+        files = _model_files(Path(path))
     digest = hashlib.sha256()
-    for file in (config_file, schedule_file, weights_file):
-        try:
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    file = config_file
-    try:
-        config = unet.UNetConfig.from_dict(read_json(config_file))
-        file = schedule_file
-        schedule = ddpm.Schedule.from_dict(read_json(schedule_file))
-        file = weights_file
+    for file in files:
+        with data.disk_errors(f"read {file}", "check its permissions"), open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    config_file, schedule_file, weights_file = files
+    with data.bad_input(config_file):
+        config = unet.UNetConfig.from_dict(data.read_json(config_file))
+    with data.bad_input(schedule_file):
+        schedule = ddpm.Schedule.from_dict(data.read_json(schedule_file))
+    with data.bad_input(weights_file):
         network = unet.build(config, unet.read_weights(weights_file))
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from error
     if config.image_size is None or any(side % config.divisor for side in config.image_size):
-        raise InputError(f"{config_file}: sample_size must be there, and divide by {config.divisor} in pixels")
+        raise InputError(f"{config_file}: sample_size must be given, and be a multiple of {config.divisor} in pixels")
     if config.out_channels != config.in_channels or config.image_channels not in (1, 3):
         raise InputError(
             f"{config_file}: {config.in_channels} channels in and {config.out_channels} out in patches of "
-            f"{config.patch_size} make no pictures; grey (1) and colour (3) are drawn"
+            f"{config.patch_size} make no pictures; grey (1) and colour (3) are supported"
         )
+    return Model(network, schedule, config_file.parent, digest.hexdigest())
+
+
+def load(
+    path: Path | str, device: torch.device | str = "cpu", precision: str = "fp32", *, packed: bool = True
+) -> Model:
+    """Reads a model as read_model does, and prepares its network for drawing on a device in a precision."""
+    model = read_model(path)
     device = torch.device(device)
-    prepare(network, device, precision)
-    if fuse:
-        network.fuse()
-    return Model(network, schedule, config_file.parent, digest.hexdigest(), device, precision)
+    network = unet.for_drawing(model.network, device, PRECISIONS[precision], packed=packed)
+    return replace(model, network=network, device=device, precision=precision)
 
 
-def prepare(network: unet.UNet, device: torch.device, precision: str) -> None:
-    """Makes a network ready to draw, in place; a prepared one is never saved."""
-    network.to(device=device, dtype=PRECISIONS[precision], memory_format=torch.channels_last)
-    network.eval().requires_grad_(False)
+def find_model(named: Path | str | None) -> tuple[Path, str]:
+    """Returns the folder of the model to use, and a text that says which it is and why.
 
-
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run whose model was written last, or the model in the box where there is none. InputError, with the remedy,
-    where neither is there."""
-    models = list(runs.glob(f"*/model/unet/{WEIGHTS}.safetensors"))
+    That is the named one, else the run in RUNS whose model was written last, else the default model. Raises InputError
+    if there is none.
+    """
+    if named is not None:
+        return Path(named), str(named)
+    models = list(RUNS.glob(f"*/model/unet/{WEIGHTS}.safetensors"))
     if models:
-        return max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
-    if BOX.is_dir():
-        return BOX
+        run = max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
+        return run, f"{run} (the newest run; --model names another)"
+    if DEFAULT_MODEL.is_dir():
+        return DEFAULT_MODEL, f"the default model ({RUNS}/ has no run yet; --model names another)"
     raise InputError(
-        f"there is no model in {runs}/ yet: train one with `python train.py`, or name a model folder with --model"
+        f"there is no model in {RUNS}/ yet: train one with `python train.py`, or name a folder with --model"
     )
 
 
@@ -245,12 +239,12 @@ def newest_run(runs: Path = RUNS) -> Path:
 
 
 def image_generator(seed: int) -> torch.Generator:
-    """The generator of one image: it draws x_T and then each step's noise, on the CPU whatever the device."""
+    """Returns the generator of one image, for x_T and then each step's noise; on the CPU whatever the device."""
     return torch.Generator().manual_seed(seed % 2**63)
 
 
-def noise_of(seed: int | tuple[int, int, float], shape: tuple[int, int, int], patch_size: int) -> Callable[[], Tensor]:
-    """Fresh noise (1, C, H, W) at each call: of a seed; or of (a, b, f), that between seeds a and b."""
+def noise_of(seed: Seed, shape: tuple, patch_size: int) -> Callable:
+    """Returns a function that gives fresh noise (1, C, H, W) at each call."""
     if isinstance(seed, tuple):
         a, b = (noise_of(end, shape, patch_size) for end in seed[:2])
         return lambda: ddpm.slerp(a(), b(), seed[2])
@@ -258,311 +252,417 @@ def noise_of(seed: int | tuple[int, int, float], shape: tuple[int, int, int], pa
     return lambda: ddpm.normal([generator], shape, patch_size)
 
 
+@torch.inference_mode()
 def draw(
     model: Model,
-    seeds: Sequence[int | tuple[int, int, float]],
+    seeds: Sequence[Seed],
     table: Tensor,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] = (),
     *,
     guidance: float = 1.0,
     picture: Tensor | None = None,
     known: Tensor | None = None,
     batch_size: int = 8,
     exact: bool = False,
-    progress: Callable[[int, Tensor], None] | None = None,
+    progress: Callable | None = None,
 ) -> Tensor:
-    """One image for each seed, uint8 (N, C, H, W) on the CPU. Image i depends on seeds[i] and labels[i] alone: to one
-    level in fp32 whatever the batch size, to the bit with `exact`, which pads each batch to EXACT_BATCH images.
+    """Draws one image for each seed: uint8 (N, C, H, W) on the CPU.
 
-    seeds     numbers, or (a, b, f): f of the way from the noise of seed a to that of b
-    table     of `ddpm.plan`; with `picture`, on `ddpm.up_to` of the model's schedule
-    labels    classes; left out, those of a model with classes draw without one
+    Image i depends on seeds[i] and labels[i] alone: to one level in fp32 whatever the batch size, and to the bit with
+    `exact`, which pads each batch to EXACT_BATCH images.
+
+    table     of `ddpm.sampler_table`; with `picture`, on `ddpm.up_to` of the model's schedule
+    labels    class of each image; (): without a class, if the model was trained with hidden classes
     guidance  1 draws the class as trained, 0 without a class, more exaggerates it; needs the model's null label
-    picture   float (C, H, W) in -1..1: noised up to the table's first timestep, in place of noise alone
-    known     float (C, H, W): what is known of the image; NaN elsewhere
-    progress  called after each step i with the images so far, float (n, C, H, W)
+    picture   float (C, H, W) in -1..1: the start is this picture, noised to the table's first timestep
+    known     float (C, H, W): the known part of the image; NaN elsewhere
+    progress  progress(i, drawings) is called after each step i of a batch
     """
-    size = EXACT_BATCH if exact else batch_size
-    config, null = model.network.config, model.network.config.null_label
+    null = model.network.config.null_label
     if guidance != 1 and null is None:
-        raise InputError(f"--guidance {guidance:g}: this model was trained without hidden classes (train.py "
-                         "--classes --label-dropout); leave it out")  # fmt: skip
-    if null is not None and (labels is None or guidance == 0):
-        labels = [null] * len(seeds)
-    network = model.network if guidance in (0, 1) else ddpm.guided(model.network, guidance, null)
-    forward, first = ddpm.training_table(model.schedule).float(), torch.tensor([int(table[0, ddpm.TIMESTEP])])
-    picture, known = (None if part is None else part.to(model.device) for part in (picture, known))
-    drawn = []
-
-    def start(noise: Tensor) -> Tensor:
-        return ddpm.noisy_and_target(forward.to(noise.device), picture, noise, first.to(noise.device))[0]
-
-    def report(i: int, x: Tensor, x0: Tensor) -> None:
-        if progress:
-            progress(i, x[: len(batch)])
-
-    for begin in range(0, len(seeds), size):
-        batch = list(seeds[begin : begin + size])
-        padding = [0] * (size - len(batch) if exact else 0)
-        chosen = None if labels is None else [*labels[begin : begin + size], *padding]
-        sources = [noise_of(seed, model.shape, config.patch_size) for seed in batch + padding]
-        images = ddpm.draw(
-            network,
-            table,
-            lambda sources=sources: torch.cat([source() for source in sources]),
-            device=model.device,
-            labels=None if chosen is None else torch.tensor(chosen, device=model.device),
-            start=None if picture is None else start,
-            known=known,
-            progress=report,
+        raise InputError(
+            f"--guidance {guidance:g}: this model was trained without hidden classes (train.py --classes "
+            "--label-dropout); leave it out"
         )
-        drawn.append(data.to_uint8(images[: len(batch)]).cpu())
-    return torch.cat(drawn)
+    labels = labels or [null] * len(seeds)
+    if exact:
+        batch_size = EXACT_BATCH
+    drawings = [Drawing(seed, label, table, guidance) for seed, label in zip(seeds, labels, strict=True)]
+    for begin in range(0, len(drawings), batch_size):
+        batch = drawings[begin : begin + batch_size]
+        for drawing in batch:
+            drawing.begin(model, picture)
+        for i in range(len(table)):
+            advance(model, batch, batch_size if exact else len(batch), known)
+            if progress:
+                progress(i, batch)
+    return torch.stack([drawing.pixels for drawing in drawings])
 
 
-# ---- what was served -------------------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Drawing:
+    """One image that is drawn step by step, together with others. Between its first and last step it has a state."""
+
+    seed: Seed
+    label: int | None
+    table: Tensor
+    guidance: float = 1.0
+    watched: bool = False  # whether previews are wanted
+    step: int = 0  # steps made
+    noise: Callable | None = None
+    state: Tensor | None = None  # (1, 4, C, H, W)
+    preview: tuple | None = None  # steps made, and the estimate of x0, uint8 (C, H, W)
+    pixels: Tensor | None = None  # uint8 (C, H, W), once finished
+
+    def begin(self, model: Model, picture: Tensor | None = None) -> None:
+        """Makes the first state: noise alone, or a picture (C, H, W) noised to the table's first timestep."""
+        self.noise = noise_of(self.seed, model.shape, model.network.config.patch_size)
+        x = self.noise().to(model.device)
+        if picture is not None:
+            forward = ddpm.training_table(model.schedule).float().to(model.device)
+            timestep = torch.tensor([int(self.table[0, ddpm.TIMESTEP])], device=model.device)
+            x, _ = ddpm.noisy_and_target(forward, picture.to(model.device), x, timestep)
+        self.state = ddpm.initial_state(x)
+
+    @property
+    def weight(self) -> int:
+        """Predictions of a step: two with guidance."""
+        return 1 if self.guidance in (0, 1) else 2
+
+    @property
+    def work(self) -> int:
+        """Predictions that remain to be made."""
+        return self.weight * (len(self.table) - self.step)
 
 
-class Store:
-    """Images that were served, for the monitor: `<day>/<name>-<k>.png` and a line of JSON each in
-    `<day>/<process>.jsonl`. Above `limit` bytes the oldest day goes first; where only today is left nothing more is
-    saved. Several threads and processes may save into one folder."""
+def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: Tensor | None = None) -> None:
+    """Makes one step of each drawing, in one call of the network with batch_size images; the rest is padding.
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit, self.lock = folder, limit, threading.Lock()
-        self.log = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
-        with data.disk_errors(f"write to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.count()
+    The drawings may be at different steps of different tables, but have the same weight. `known` is as in ddpm.step.
+    """
+    config, device = model.network.config, model.device
+    if known is not None:
+        known = known.to(device)
+    batch = [*range(len(drawings)), *[0] * (batch_size - len(drawings))]
+    rows = torch.stack([drawing.table[drawing.step] for drawing in drawings])
+    noise = torch.zeros(len(drawings), *model.shape)
+    for i, drawing in enumerate(drawings):
+        if ddpm.needs_noise(rows[i]):
+            noise[i] = drawing.noise()
+    labels = [config.null_label if drawing.guidance == 0 else drawing.label for drawing in drawings]
+    labels = None if labels[0] is None else torch.tensor(labels, device=device)[batch]
+    network = model.network
+    if drawings[0].weight == 2:
+        guidance = torch.tensor([drawing.guidance for drawing in drawings], device=device)[batch]
+        network = ddpm.guided(network, guidance[:, None, None, None], config.null_label)
+    state = torch.cat([drawing.state for drawing in drawings])[batch]
+    rows = rows[batch]
+    output = network(state[:, ddpm.X], rows[:, ddpm.TIMESTEP].long().to(device), labels)
+    state, x0 = ddpm.step(state, output, rows, noise[batch].to(device), known)
+    for i, drawing in enumerate(drawings):
+        drawing.state = state[i : i + 1].clone()  # a view would keep the whole batch in memory
+        drawing.step += 1
+        if drawing.watched:
+            drawing.preview = drawing.step, data.to_uint8(x0[i]).cpu()
+        if drawing.step == len(drawing.table):
+            drawing.pixels, drawing.state, drawing.noise = data.to_uint8(state[i, ddpm.X]).cpu(), None, None
 
-    def days(self) -> list[Path]:
-        """The oldest first; folders without a log are somebody else's."""
-        named = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-        return sorted(day for day in named if any(day.glob("*.jsonl")))
 
-    def count(self) -> None:
-        """What this and other processes have saved."""
-        self.bytes = sum(file.stat().st_size for day in self.days() for file in day.glob("[!.]*"))
-        self.counted = time.monotonic()
+# ---- what to draw ----------------------------------------------------------------------------------------------------
 
-    def save(self, name: str, images: Sequence[tuple[Tensor, dict]]) -> list[Exception]:
-        """uint8 (C, H, W) images and their facts. Returns why some could not be saved; raises nothing."""
-        day, errors = self.folder / time.strftime("%Y-%m-%d", time.gmtime()), []
-        with self.lock:
-            for k, (pixels, facts) in enumerate(images):
-                try:
-                    facts = facts | {"request": name, "time": f"{time.time():.3f}"}
-                    body = data.encode_png(data.grid(pixels[None], padding=0), facts)
-                    line = json.dumps({"file": f"{name}-{k}.png", **facts}) + "\n"
-                    self.make_room(day, len(body) + len(line))
-                    data.atomic_write(day / f"{name}-{k}.png", lambda file, body=body: file.write(body))
-                    self.bytes += len(body)
-                    with open(day / self.log, "a", encoding="utf-8") as file:
-                        self.bytes += file.write(line)
-                except (InputError, OSError) as error:
-                    errors.append(error)
-        return errors
+# The parameters of a DrawRequest: flags of sample.py, and parameters of the server under the same names.
+DRAW_FLAGS = [
+    Flag("-n", 8, whole(1, 1_000_000), "number of images"),
+    Flag("--seed", None, whole(0), "seed of the first image; image i has seed + i (default: 0)"),
+    Flag("--class", None, str, "names or numbers separated by commas, or all: one row of n images for each (default: "
+         "the classes in turn; with --from, no class)", {"dest": "classes"}),
+    Flag("--guidance", 1.0, real(0, 1000), "strength of the class: 1 as trained, 0 none, 2 or 3 exaggerate it"),
+    Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampler"),
+    Flag("--steps", None, whole(1), f"calls of the network per image (default: {ddpm.DEFAULT_STEPS}; ddpm: as many as "
+         "in training)"),
+    Flag("--spacing", None, ddpm.SPACINGS, "choice of timesteps (default: trailing; ddpm: the one in the model's "
+         "scheduler_config.json)"),
+    Flag("--eta", 0.0, real(0, 1), "noise that the sampler ddim adds, 0 to 1"),
+]  # fmt: skip
 
-    def make_room(self, today: Path, size: int) -> None:
-        if time.monotonic() > self.counted + 600:
-            self.count()
-        while self.bytes + size > self.limit:
-            oldest = next(iter(self.days()), today)
-            if oldest == today:
-                raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
-            with suppress(FileNotFoundError):  # another process was faster
-                shutil.rmtree(oldest)
-            self.count()
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw: a field for each row of DRAW_FLAGS."""
+
+    n: int
+    seed: int | None  # None: 0
+    classes: str | None
+    guidance: float
+    sampler: str
+    steps: int | None
+    spacing: str | None
+    eta: float
+
+    def table(self, schedule: ddpm.Schedule, strength: float = 1.0) -> Tensor:
+        """Returns the sampler's table; for a picture noised with strength < 1, one as dense on the rest of the way.
+
+        Raises InputError for steps, spacing or eta that do not go together.
+        """
+        try:
+            table = ddpm.sampler_table(schedule, self.sampler, self.steps, self.spacing, self.eta)
+            if strength < 1:
+                steps = max(1, round(strength * len(table)))
+                schedule = ddpm.up_to(schedule, strength)
+                table = ddpm.sampler_table(schedule, self.sampler, steps, self.spacing, self.eta)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return table
+
+    def images(self, config: unet.UNetConfig, seeds: Sequence[Seed] = ()) -> list[tuple]:
+        """Returns (label, seed) of each image: one row of all seeds for each class that is named.
+
+        If none is named, a model with classes draws them in turn, by the seed. `seeds` replaces seed, seed + 1, ...
+        """
+        first = self.seed or 0
+        seeds = seeds or range(first, first + self.n)
+        if self.classes is not None:
+            return [(label, seed) for label in choose_classes(config, self.classes) for seed in seeds]
+        if not config.class_count:
+            return [(None, seed) for seed in seeds]
+        numbers = [seed[0] if isinstance(seed, tuple) else seed for seed in seeds]
+        return [(number % config.class_count, seed) for number, seed in zip(numbers, seeds, strict=True)]
+
+    def facts(self, model: Model, steps: int) -> dict:
+        """Returns what made the images, for the text of their files."""
+        facts = {
+            "seed": self.seed or 0,
+            "steps": steps,
+            "sampler": self.sampler,
+            "spacing": self.spacing or "default",
+            "eta": self.eta,
+            "model": model.hash,
+            "precision": model.precision,
+            "torch": torch.__version__,
+        }
+        if self.classes is not None or self.guidance != 1:
+            facts["guidance"] = self.guidance
+        return facts
+
+
+def choose_classes(config: unet.UNetConfig, text: str) -> list[int]:
+    """Returns the labels that --class names: names or numbers separated by commas, or all.
+
+    Raises InputError if the model has no classes or not these.
+    """
+    names, count = list(config.class_names or ()), config.class_count
+    if not count:
+        raise InputError(f"--class {text}: this model was trained without classes (train.py --classes)")
+    if text in names:
+        return [names.index(text)]
+    if text == "all":
+        return list(range(count))
+    labels = []
+    for name in (part.strip() for part in text.split(",")):
+        if name in names:
+            labels.append(names.index(name))
+        elif name.isascii() and name.isdigit() and int(name) < count:
+            labels.append(int(name))
+        else:
+            known = ", ".join(names) or f"0 to {count - 1}"
+            raise InputError(f"--class {name!r}: this model has no such class; it has {known}")
+    return list(dict.fromkeys(labels))  # each once
+
+
+def class_name(config: unet.UNetConfig, label: int) -> str:
+    if config.class_names and label < len(config.class_names):
+        return config.class_names[label]
+    return str(label)
+
+
+def grid_facts(config: unet.UNetConfig, images: list[tuple]) -> dict:
+    """Returns what holds for all images of a grid together."""
+    names = dict.fromkeys(class_name(config, label) for label, _ in images if label is not None)
+    facts = {"count": len(images)}
+    if names:
+        facts["class"] = ",".join(names)
+    return facts
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-
-def choose_classes(config: unet.UNetConfig, text: str | None) -> list[int]:
-    """The labels that --class asks for: names or numbers with commas between, or all. InputError where the model has no
-    classes or no such one."""
-    names, count = list(config.class_names or ()), config.class_count
-    if not count:
-        raise InputError(f"--class {text}: this model was trained without classes (train.py --classes)")
-    known = ", ".join(names) if names else f"0 to {count - 1}"
-    if text == "all" and text not in names:
-        return list(range(count))
-
-    def choose(name: str) -> int:
-        if name in names:
-            return names.index(name)
-        if name.isascii() and name.isdigit() and int(name) < count:
-            return int(name)
-        raise InputError(f"--class {name!r}: this model has no such class; it has {known}")
-
-    parts = [text] if text in names else [part.strip() for part in text.split(",")]
-    return list(dict.fromkeys(choose(part) for part in parts))  # each once
-
-
-def choose_jobs(args: argparse.Namespace, config: unet.UNetConfig) -> list[tuple[int | None, int | tuple]]:
-    """(label, seed) of each image: a row of images for each class of --class. Without it the classes in turn, by the
-    seed, a walk in that of its first seed; and no class where there is none, or where a picture's is not known."""
-    seeds = list(range(args.seed or 0, (args.seed or 0) + args.n))
-    if args.walk:
-        seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
-    if args.classes is not None:
-        return [(label, seed) for label in choose_classes(config, args.classes) for seed in seeds]
-    if args.picture and config.class_count and config.null_label is None:
-        raise InputError("this model draws by class: say with --class which one the picture is of")
-    if args.picture or not config.class_count:
-        return [(None, seed) for seed in seeds]
-    return [((seed[0] if args.walk else seed) % config.class_count, seed) for seed in seeds]
-
-
-def read_picture(flag: str, path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """A picture of any kind as the model's images are, uint8 (channels, H, W). InputError where it is none."""
-    if size[0] != size[1]:
-        raise InputError(f"{flag}: this model's images are {size[1]} x {size[0]}; only square ones are read")
-    try:
-        return torch.from_numpy(data.decode(path.read_bytes(), size[0], channels).copy())
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        raise InputError(f"{flag} {path} cannot be read: {data.reason(error)}") from error
-
-
-def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """An argparse type: a whole number in a range, refused in a sentence."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
-            bound = f"from {least} to {most}" if most < 2**62 else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
-        return int(text)
-
-    return parse
-
-
-def real(least: float, most: float = math.inf):
-    """An argparse type: a finite number in a range, refused in a sentence."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most):
-            bound = f"of at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
-        return value
-
-    return parse
-
-
-# flag: (default, argparse type or choices or bool, one sentence, what else argparse is told), by group
-FLAGS = {
-    "what to draw": {
-        "-n": (8, whole_number(1, 1_000_000), "number of images"),
-        "--model": (None, str, "a run, a model folder or a diffusers folder (default: the newest run, or the model "
-                    "in the box)"),
-        "--class": (None, str, "names or numbers with commas between, or all: a row of n images of each (default: "
-                    "the classes in turn; of a picture, none)", {"dest": "classes"}),
-        "--guidance": (1.0, real(0, 1000), "how much of a class: 1 as trained, 0 nothing of it, 2 or 3 exaggerate it"),
-        "--seed": (None, whole_number(0), "of the first image; image i is that of seed + i (default 0)"),
-        "--out": (None, Path, "file to write, or folder with --each (default samples.png, samples/)"),
-        "--from": (None, Path, "draw variations of this picture: noised up to --strength, then denoised",
-                   {"dest": "picture"}),
-        "--strength": (None, real(0.001, 1), "how far to noise it: 1 leaves nothing (default 0.6; with --mask 1)"),
-        "--mask": (None, Path, "fill the white part (128 of 255 and above) of this mask, of the size of --from, anew "
-                   "and leave the rest as it is"),
-        "--walk": (None, whole_number(0), "draw n images on the way from seed A to seed B",
-                   {"nargs": 2, "metavar": ("A", "B")}),
-        "--film": (None, Path, "write the denoising, or the walk, as an animated .png or .gif too"),
-        "--scale": (1, whole_number(1, 64), "enlarge each pixel to N x N, to look at"),
-        "--each": (False, bool, "each image in a file of its own, named by class and seed, or by place in a walk"),
-    },
-    "how to draw": {
-        "--sampler": (ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "how the steps are made"),
-        "--steps": (None, whole_number(1), f"calls of the network an image (default {ddpm.DEFAULT_STEPS}; ddpm: as "
-                    "many as in training)"),
-        "--spacing": (None, ddpm.SPACINGS, "which timesteps to visit (default trailing; ddpm: as the model's "
-                      "scheduler_config.json says)"),
-        "--eta": (0.0, float, "noise added by the sampler ddim, 0 to 1"),
-    },
-    "machine": {
-        "--device": (None, str, "cpu, cuda or mps (default: the fastest there is)"),
-        "--precision": (None, tuple(PRECISIONS), "default: bf16 where the hardware has it, else fp32"),
-        "--batch-size": (None, whole_number(1, 65536), "images drawn at once (default 8)"),
-        "--compile": (False, bool, "torch.compile the network: minutes the first time, seconds later; on a CPU in bf16 "
-                      "it does not pay"),
-        "--exact": (False, bool, f"the same bits whatever an image is drawn with: batches padded to {EXACT_BATCH}"),
-    },
+MODEL_FLAG = Flag("--model", None, Path, "run, model folder or diffusers folder (default: the newest run in runs/, or "
+                  "the default model)")  # fmt: skip
+DEVICE_FLAGS = [
+    Flag("--device", None, str, "cpu, cuda or mps (default: the fastest one)"),
+    Flag("--precision", None, tuple(PRECISIONS), "(default: bf16 if the hardware has it, else fp32)"),
+]
+SAMPLE_FLAGS = {
+    "what to draw": [
+        MODEL_FLAG,
+        *DRAW_FLAGS[:4],
+        Flag("--from", None, Path, "draw variations of this picture: noised by --strength, then denoised",
+             {"dest": "picture"}),
+        Flag("--strength", None, real(0.001, 1), "noise added to --from: 1 leaves nothing of it (default: 0.6; with "
+             "--mask 1)"),
+        Flag("--mask", None, Path, "draw only the white part (128 of 255 and above) of this mask, which has the size "
+             "of --from, and keep the rest"),
+        Flag("--walk", None, whole(0), "draw n images on the way from seed A to seed B",
+             {"nargs": 2, "metavar": ("A", "B")}),
+    ],
+    "how to draw": DRAW_FLAGS[4:],
+    "files": [
+        Flag("--out", None, Path, "file to write, or folder with --each (default: samples.png, samples/)"),
+        Flag("--film", None, Path, "also write the denoising, or the walk, as an animated .png or .gif"),
+        Flag("--scale", 1, whole(1, 64), "enlarge each pixel to N x N"),
+        Flag("--each", None, bool, "one file per image, named by class and seed, or by position in a walk"),
+    ],
+    "machine": [
+        *DEVICE_FLAGS,
+        Flag("--batch-size", None, whole(1, 65536), "images per call of the network (default: 8)"),
+        Flag("--compile", None, bool, "torch.compile the network: minutes the first time, seconds later; on a CPU in "
+             "bf16 it is slower than without"),
+        Flag("--exact", None, bool, f"the same bits for an image in any batch: batches are padded to {EXACT_BATCH}"),
+    ],
 }  # fmt: skip
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: dict) -> None:
-    for title, rows in groups.items():
-        group = parser.add_argument_group(title)
-        for flag, (default, kind, sentence, *more) in rows.items():
-            how = {"type": kind, "metavar": {str: "NAME", Path: "PATH"}.get(kind, "N")}
-            how = {"choices": kind} if isinstance(kind, tuple) else {"action": "store_true"} if kind is bool else how
-            shown = f" (default {default})" if default not in (None, False) else ""
-            group.add_argument(flag, default=default, help=sentence + shown, **how | dict(*more))
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("sample.py", allow_abbrev=False, description="Draw images from a trained model.")
-    add_flags(parser, FLAGS)
-    return parser.parse_args(argv)
-
-
 def check(args: argparse.Namespace, out: Path) -> None:
-    """InputError for flags that do not go together, before anything is read or drawn."""
+    """Raises InputError for flags that do not go together, before anything is read or drawn."""
     named = {"--out": out, "--film": args.film, "--from": args.picture, "--mask": args.mask}
     places = {flag: path.resolve() for flag, path in named.items() if path}
     written = [places[flag] for flag in ("--out", "--film") if flag in places]
     clash = any(list(places.values()).count(place) > 1 for place in written)
     clash = clash or any(place.parent == places["--out"] for place in places.values())  # among the files of --each
+    wrong_film = args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir())
     refused = [
-        (args.exact and args.batch_size, "--exact draws in batches of one size; leave --batch-size out"),
-        (args.strength and not args.picture, "--strength says how far to noise a picture; name it with --from"),
-        (args.mask and not args.picture, "--mask fills a part of a picture; name it with --from"),
-        (args.walk and args.seed is not None, "--walk names its own two seeds; leave --seed out"),
-        (args.walk and args.n < 2, "--walk needs at least 2 images, its ends; ask for more with -n"),
-        (args.guidance != 1 and args.picture and args.classes is None,
-         "--guidance is towards a class; say with --class which one the picture is of"),
-        (args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir()),
-         f"--film {args.film}: films are animated PNG or GIF files; give it a name that ends in .png or .gif"),
+        (args.exact and args.batch_size, "--exact has a batch size of its own; leave --batch-size out"),
+        (
+            args.strength and not args.picture,
+            "--strength is the noise added to a picture; name the picture with --from",
+        ),
+        (args.mask and not args.picture, "--mask fills a part of a picture; name the picture with --from"),
+        (args.walk and args.seed is not None, "--walk names two seeds; leave --seed out"),
+        (args.walk and args.n < 2, f"-n {args.n}: --walk needs at least 2 images, its two ends; choose a larger -n"),
+        (
+            args.guidance != 1 and args.picture and args.classes is None,
+            f"--guidance {args.guidance:g} needs a class; name the one of the picture with --class",
+        ),
+        (
+            wrong_film,
+            f"--film {args.film}: films are animated PNG or GIF files; choose a name that ends in .png or .gif",
+        ),
         (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file; with --each name a folder"),
         (not args.each and out.is_dir(), f"--out {out} is a folder; without --each name a file"),
-        (not args.each and out.suffix.lower() != ".png",
-         f"--out {out}: pictures are PNG files; give it a name that ends in .png"),
+        (
+            not args.each and out.suffix.lower() != ".png",
+            f"--out {out}: pictures are PNG files; choose a name that ends in .png",
+        ),
         (clash, f"{', '.join(places)}: no two may name the same place; choose another --out"),
-    ]  # fmt: skip
+    ]
     for wrong, sentence in refused:
         if wrong:
             raise InputError(sentence)
 
 
-def plan(args: argparse.Namespace, schedule: ddpm.Schedule, strength: float) -> Tensor:
-    """The table of the sampler asked for; of a picture noised part-way, as dense a one on the rest of the way."""
+def choose_images(args: argparse.Namespace, request: DrawRequest, config: unet.UNetConfig) -> list:
+    """Returns (label, seed) of each image, with --walk and --from taken into account."""
+    seeds = []
+    if args.walk:
+        seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
+    images = request.images(config, seeds)
+    if args.picture and args.classes is None:
+        if config.class_count and config.null_label is None:
+            raise InputError("this model needs a class; name the one of the picture with --class")
+        images = [(None, seed) for _, seed in images]
+    return images
+
+
+def read_picture(flag: str, path: Path, size: Sequence[int], channels: int) -> Tensor:
+    """Reads a picture of any format as uint8 (channels, H, W). Raises InputError if it is none."""
+    if size[0] != size[1]:
+        raise InputError(f"{flag}: this model's images are {size[1]} x {size[0]}; only square models take pictures")
     try:
-        table = ddpm.plan(schedule, args.sampler, args.steps, args.spacing, args.eta)
-        if strength == 1:
-            return table
-        steps = max(1, round(strength * len(table)))
-        return ddpm.plan(ddpm.up_to(schedule, strength), args.sampler, steps, args.spacing, args.eta)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        return torch.from_numpy(data.decode(path.read_bytes(), size[0], channels).copy())
+    except Exception as error:  # decoders raise nearly anything for a damaged file
+        raise InputError(f"{flag} {path} cannot be read: {data.reason(error)}") from error
 
 
-def read_inputs(args: argparse.Namespace, model: Model) -> tuple[Tensor | None, Tensor | None]:
-    """What `draw` calls picture and known, of --from and --mask."""
+def read_inputs(args: argparse.Namespace, model: Model) -> tuple:
+    """Reads --from and --mask: the arguments `picture` and `known` of `draw`."""
     if not args.picture:
         return None, None
-    size, channels = model.shape[1:], model.shape[0]
+    channels, *size = model.shape
     picture = data.to_float(read_picture("--from", args.picture, size, channels))
     if not args.mask:
         return picture, None
     mask = read_picture("--mask", args.mask, size, 1)
-    sizes = [data.picture_size(path) for path in (args.mask, args.picture)]
-    if sizes[0] != sizes[1]:
-        raise InputError("--mask {} is {} x {} and --from {} is {} x {}; make them of one size".format(
-            args.mask, *sizes[0], args.picture, *sizes[1]))  # fmt: skip
+    (mask_width, mask_height), (width, height) = (data.picture_size(path) for path in (args.mask, args.picture))
+    if (mask_width, mask_height) != (width, height):
+        raise InputError(
+            f"--mask {args.mask} is {mask_width} x {mask_height} and --from {args.picture} is {width} x {height}; "
+            "make them the same size"
+        )
     return picture, torch.where(mask >= 128, torch.nan, picture)
+
+
+class Output:
+    """Writes the files of a command: single images as they are finished, then the grid and the film."""
+
+    def __init__(self, args: argparse.Namespace, out: Path, config: unet.UNetConfig, images: list, facts: dict):
+        self.args, self.out, self.config, self.images, self.facts = args, out, config, images, facts
+        self.rows = len(images) // args.n
+        self.drawn: list[Tensor] = []  # of each batch, uint8 (n, C, H, W)
+        self.frames: dict = {}  # the same after some of the steps, for a film of the denoising
+        for path in (out, args.film):  # fail before the work, not after it
+            if path:
+                with data.disk_errors(f"make the folder of {path}"):
+                    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+    def keep_frame(self, i: int, steps: int, batch: Sequence[Drawing]) -> None:
+        """Keeps the images after step i for the film: at most 60 frames, the last step not among them."""
+        if self.args.film and not self.args.walk and i % math.ceil(steps / 60) == 0 and i < steps - 1:
+            x = torch.cat([drawing.state[:, ddpm.X] for drawing in batch])
+            self.frames.setdefault(i, []).append(data.to_uint8(x).cpu())
+
+    def add(self, start: int, drawn: Tensor) -> None:
+        """Takes the images start, start + 1, ...; with --each it writes their files."""
+        self.drawn.append(drawn)
+        if self.args.each:
+            for i, image in enumerate(drawn, start):
+                name, own_facts = self.name_and_facts(i)
+                picture = data.grid(image[None], padding=0, scale=self.args.scale)
+                data.write_png(self.out / f"{name}.png", picture, self.facts | own_facts)
+
+    def name_and_facts(self, i: int) -> tuple[str, dict]:
+        """Returns the file name of image i, without .png, and what holds for this image alone."""
+        label, place = self.images[i][0], i % self.args.n
+        own_facts = {"seed": (self.args.seed or 0) + place}
+        if self.args.walk:
+            own_facts = {"frame": place}
+        name = str(*own_facts.values())
+        if label is None:
+            return name, own_facts
+        own_facts["class"] = class_name(self.config, label)
+        if self.rows > 1:
+            prefix = re.sub(r"[^\w-]", "_", own_facts["class"])
+            others = [re.sub(r"[^\w-]", "_", class_name(self.config, row)) for row, _ in self.images[:: self.args.n]]
+            if len({other.casefold() for other in others}) < len(others):  # two names would be one file
+                prefix = label
+            name = f"{prefix}-{name}"
+        return name, own_facts
+
+    def finish(self) -> None:
+        images = torch.cat(self.drawn)
+        picture = partial(data.grid, columns=self.args.n if self.rows > 1 else None, scale=self.args.scale)
+        if self.args.each:
+            plural = "s" * (len(images) > 1)
+            print(f"wrote {len(images)} image{plural} to {self.out}/")
+        else:
+            data.write_png(self.out, picture(images), self.facts | grid_facts(self.config, self.images))
+            print(f"wrote {self.out}")
+        if self.args.film:
+            frames = [*(torch.cat(frame) for frame in self.frames.values()), images]
+            if self.args.walk:
+                frames = images.unflatten(0, (self.rows, -1)).transpose(0, 1)
+            *frames, last = (picture(frame) for frame in frames)
+            data.write_png(self.args.film, last, self.facts, frames)
+            print(f"wrote {self.args.film}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -570,102 +670,53 @@ def run(args: argparse.Namespace) -> None:
 
     out = args.out or Path("samples" if args.each else "samples.png")
     check(args, out)
-    path = Path(args.model) if args.model is not None else newest_run()
+    path, which = find_model(args.model)
     device = choose_device(args.device)
-    model = load(path, device, choose_precision(device, args.precision))
+    model = load(path, device, choose_precision(device, args.precision), packed=not args.compile)
     config = model.network.config
-    jobs = choose_jobs(args, config)
-    rows = len(jobs) // args.n
+    request = DrawRequest(**{flag.dest: getattr(args, flag.dest) for flag in DRAW_FLAGS})
+    images = choose_images(args, request, config)
     strength = args.strength or (0.6 if args.picture and not args.mask else 1.0)
-    table = plan(args, model.schedule, strength)
-    begin, known = read_inputs(args, model)
-    steps = f"{len(table)} step" + "s" * (len(table) > 1)
-    print(f"{path}: {config.image_size[1]} px, {args.sampler}, {steps}, {device.type}, {model.precision}")
+    table = request.table(model.schedule, strength)
+    steps = len(table)
+    picture, known = read_inputs(args, model)
+    plural = "s" * (steps > 1)
+    print(f"{which}: {model.shape[2]} px, {args.sampler}, {steps} step{plural}, {device.type}, {model.precision}")
 
-    facts = describe(args, model, table, strength)
-    every = math.ceil(len(table) / 60)  # the film of a thousand steps has sixty pictures
-    drawn, film = [], [[] for _ in range(0, len(table) - 1, every)]
+    facts = request.facts(model, steps)
+    if args.walk:
+        facts = {"walk": " ".join(map(str, args.walk)), **facts}
+        del facts["seed"]
+    if args.picture:
+        facts |= {"from": args.picture, "strength": strength}
+    if args.mask:
+        facts["mask"] = args.mask
+    output = Output(args, out, config, images, facts)
     size = EXACT_BATCH if args.exact else args.batch_size or 8
     if args.compile:
-        compile_for_drawing(model.network, size if args.exact else min(size, len(jobs)))
-    options = {"guidance": args.guidance, "picture": begin if strength < 1 else None, "known": known}
+        compile_for_drawing(model.network, size if args.exact else min(size, len(images)))
+    options = {"guidance": args.guidance, "known": known, "batch_size": size, "exact": args.exact}
+    if strength < 1:
+        options["picture"] = picture
 
-    def progress(i: int, x: Tensor) -> None:
-        bar.update(len(x))
-        if args.film and not args.walk and i % every == 0 and i < len(table) - 1:
-            film[i // every].append(data.to_uint8(x).cpu())
+    with tqdm(total=len(images) * steps, unit="step", disable=None) as bar:
 
-    for path in (out, args.film) if args.film else (out,):  # before the work, not after it
-        with data.disk_errors(f"make the folder of {path}"):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(jobs) * len(table), unit="step", disable=None) as bar:
-        for start in range(0, len(jobs), size):
-            labels, part = zip(*jobs[start : start + size], strict=True)
-            labels = None if labels[0] is None else labels
-            drawn.append(draw(model, part, table, labels, **options, batch_size=size, exact=args.exact,
-                              progress=progress))  # fmt: skip
-            for i, image in enumerate(drawn[-1] if args.each else (), start):
-                name, own = describe_one(args, config, jobs, i)
-                data.write_png(out / f"{name}.png", data.grid(image[None], padding=0, scale=args.scale), facts | own)
-    images = torch.cat(drawn)
-    picture = partial(data.grid, columns=args.n if rows > 1 else None, scale=args.scale)
-    if not args.each:
-        data.write_png(out, picture(images), facts | describe_grid(config, jobs))
-    images_word = "image" + "s" * (len(images) > 1)
-    print(f"wrote {len(images)} {images_word} to {out}/" if args.each else f"wrote {out}")
-    if args.film:
-        frames = (
-            images.unflatten(0, (rows, -1)).transpose(0, 1)
-            if args.walk
-            else [*(torch.cat(frame) for frame in film), images]
-        )
-        *frames, last = (picture(frame) for frame in frames)
-        data.write_png(args.film, last, facts, frames)
-        print(f"wrote {args.film}")
+        def progress(i: int, batch: Sequence[Drawing]) -> None:
+            bar.update(len(batch))
+            output.keep_frame(i, steps, batch)
+
+        for start in range(0, len(images), size):
+            labels, seeds = zip(*images[start : start + size], strict=True)
+            if labels[0] is None:
+                labels = ()
+            output.add(start, draw(model, seeds, table, labels, **options, progress=progress))
+    output.finish()
 
 
-def class_name(config: unet.UNetConfig, label: int) -> str:
-    return config.class_names[label] if label < len(config.class_names or ()) else str(label)
-
-
-def describe(args: argparse.Namespace, model: Model, table: Tensor, strength: float) -> dict:
-    """What made a picture, for the text of its file."""
-    facts = {"seed": args.seed or 0} if not args.walk else {"walk": " ".join(map(str, args.walk))}
-    facts |= {
-        "steps": len(table),
-        "sampler": args.sampler,
-        "spacing": args.spacing or "default",
-        "eta": args.eta,
-        "model": model.hash,
-        "precision": model.precision,
-        "torch": torch.__version__,
-    }
-    facts |= {"guidance": args.guidance} if args.classes is not None or args.guidance != 1 else {}
-    if args.picture:
-        facts |= {"from": args.picture, "strength": strength} | ({"mask": args.mask} if args.mask else {})
-    return facts
-
-
-def describe_grid(config: unet.UNetConfig, jobs: list) -> dict:
-    """What is true of all images of a grid together."""
-    labels = dict.fromkeys(label for label, _ in jobs if label is not None)
-    names = ",".join(class_name(config, label) for label in labels)
-    return {"count": len(jobs)} | ({"class": names} if names else {})
-
-
-def describe_one(args: argparse.Namespace, config: unet.UNetConfig, jobs: list, i: int) -> tuple[str, dict]:
-    """The name of the file of image i, and what is true of this image alone."""
-    label, place = jobs[i][0], i % args.n
-    own = {"frame": place} if args.walk else {"seed": (args.seed or 0) + place}
-    name = str(*own.values())
-    if label is None:
-        return name, own
-    if len(jobs) > args.n:
-        rows = [row for row, _ in jobs[:: args.n]]
-        slugs = [re.sub(r"[^\w-]", "_", class_name(config, row)) for row in rows]
-        apart = len({slug.casefold() for slug in slugs}) == len(slugs)
-        name = f"{slugs[rows.index(label)] if apart else label}-{name}"
-    return name, own | {"class": class_name(config, label)}
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = data.Parser("sample.py", "Draw images from a trained model.", __doc__)
+    data.add_flags(parser, SAMPLE_FLAGS)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""The denoising network: a hand-written U-Net, its configuration and its weights' file format.
+"""The denoising network: a hand-written U-Net, its configuration, and the file format of its weights.
 
-It computes what diffusers' UNet2DModel computes, under the same configuration keys and parameter names, so a model
-folder moves between the two without conversion. `patch_size` p is ours: it puts a pixel_unshuffle in front and a
-pixel_shuffle behind, and the network between them is a plain UNet2DModel with p^2 times the channels and 1/p the size.
+It computes the same function as diffusers' UNet2DModel, with the same configuration keys and parameter names, so that
+model folders need no conversion. `patch_size` p is ours: it adds a pixel_unshuffle before and a pixel_shuffle after a
+plain UNet2DModel with p^2 times the channels and 1/p the size.
 
 Architecture: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B. Weights: the safetensors format.
 """
@@ -69,6 +69,9 @@ class UNetConfig:
         "class_embed_type": (None,),
     }
 
+    WHOLE = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "patch_size", "block_out_channels")
+    OPTIONAL = ("sample_size", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+
     def __post_init__(self):
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -80,36 +83,29 @@ class UNetConfig:
         levels = len(self.block_out_channels)
         if not levels == len(self.down_block_types) == len(self.up_block_types) or levels == 0:
             raise ValueError("block_out_channels, down_block_types and up_block_types differ in length or are empty")
-        positive = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "patch_size")
-        whole = [(name, getattr(self, name)) for name in positive]
-        whole += [("block_out_channels", channels) for channels in self.block_out_channels]
-        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
-        whole += [(name, value) for name in optional if (value := getattr(self, name)) is not None]
-        for name, value in whole:
+        for name in self.WHOLE + self.OPTIONAL:
+            value = getattr(self, name)
+            if value is None and name in self.OPTIONAL:
+                continue
             most = {"layers_per_block": 64, "num_class_embeds": 2**24}.get(name, 2**16)  # a tensor's size fits 2^63
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
-        if not 0 < self.mid_block_scale_factor < math.inf or not 0 <= self.dropout < 1:
-            raise ValueError("mid_block_scale_factor must be positive and dropout in [0, 1)")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps must be a positive number, not {self.norm_eps!r}")
+            several = name in ("block_out_channels", "sample_size") and isinstance(value, tuple)
+            for number in value if several else [value]:
+                if type(number) is not int or not 1 <= number <= most:
+                    raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size must be one whole number or two, not {self.sample_size!r}")
+        for name in ("mid_block_scale_factor", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if type(self.freq_shift) is not int or not 0 <= self.freq_shift < self.block_out_channels[0] // 2:
             raise ValueError(f"freq_shift must be from 0 to below half of the first channels, not {self.freq_shift!r}")
-        sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
-        if self.sample_size is not None and (
-            len(sides) != 2 or any(type(s) is not int or not 1 <= s <= 2**16 for s in sides)
-        ):
-            raise ValueError(f"sample_size must be a whole number, two of them or null, not {self.sample_size!r}")
-        names = self.class_names
-        if names is not None and not (
-            isinstance(names, tuple)
-            and all(isinstance(name, str) for name in names)
-            and len(names) <= (self.num_class_embeds or 0)
-        ):
-            raise ValueError("class_names must be a list of names, no more than num_class_embeds")
+        self._check_class_names()
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{channels} channels do not divide into {self.norm_num_groups} groups")
@@ -118,33 +114,51 @@ class UNetConfig:
         if self.in_channels % self.patch_size**2 or self.out_channels % self.patch_size**2:
             raise ValueError("in_channels and out_channels must be multiples of patch_size^2")
 
+    def _check_class_names(self):
+        names = self.class_names
+        if names is None:
+            return
+        strings = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+        if not strings or len(names) > (self.num_class_embeds or 0):
+            raise ValueError("class_names must be a list of names, no more than num_class_embeds")
+
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
-        """From the keys of a `config.json`, private ones (`_class_name`) aside. ValueError names what is not known."""
+        """Makes a configuration from a `config.json`, without its private keys (`_class_name`).
+
+        Raises ValueError, which names the key, for what is not implemented or has a wrong value.
+        """
         config = {key: value for key, value in config.items() if not key.startswith("_")}
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(config.keys() - known):
-            raise ValueError(f"the network's configuration has keys that are not implemented: {', '.join(unknown)}")
+        unknown = config.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"the network's configuration has keys that are not implemented: {names}")
+        for key, value in config.items():
+            if isinstance(value, list):
+                config[key] = tuple(value)
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
-        except TypeError as error:  # a string where a number belongs, say
+            return cls(**config)
+        except TypeError as error:  # for example a string instead of a number
             raise ValueError(f"the network's configuration has a value of the wrong type: {error}") from error
 
     def to_dict(self) -> dict:
-        """The keys of `config.json`; our own only where they say something, so that plain folders stay plain."""
-        config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        unsaid = {key for key, plain in (("patch_size", 1), ("class_names", None)) if config[key] == plain}
-        return {key: value for key, value in config.items() if key not in unsaid}
+        """Returns the content of `config.json`, without our own keys at their defaults, so that diffusers opens it."""
+        config = asdict(self)
+        for key, default in (("patch_size", 1), ("class_names", None)):
+            if config[key] == default:
+                del config[key]
+        return config
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no class", or None where the network was trained without one."""
-        names = self.class_names
-        return len(names) if names and len(names) + 1 == self.num_class_embeds else None
+        """The label that means "no class", or None if the network was trained without one."""
+        if self.class_names and len(self.class_names) + 1 == self.num_class_embeds:
+            return len(self.class_names)
+        return None
 
     @property
     def class_count(self) -> int:
-        """Classes to choose from, "no class" not among them; 0 for a network without classes."""
+        """Number of classes, without "no class"; 0 for a network without classes."""
         return (self.num_class_embeds or 0) - (self.null_label is not None)
 
     @property
@@ -153,16 +167,17 @@ class UNetConfig:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of the images in pixels, or None where the configuration does not say."""
+        """(height, width) of the images in pixels, or None if the configuration does not tell."""
         if self.sample_size is None:
             return None
-        side = self.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.patch_size, width * self.patch_size
+        sides = self.sample_size
+        if isinstance(sides, int):
+            sides = (sides, sides)
+        return sides[0] * self.patch_size, sides[1] * self.patch_size
 
     @property
     def divisor(self) -> int:
-        """Image height and width must be multiples of this: every level but the last halves, and patches divide."""
+        """Image height and width must be multiples of this: patch size, times 2 for each level but the last."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -177,22 +192,21 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that can hold its weights as oneDNN's bf16 kernels want them: PyTorch rearranges them in every call
-    otherwise, which takes longer than the convolution where pixels are few. The result is the same to the bit."""
+    """A convolution whose weights can be stored in the layout of oneDNN's bf16 kernels.
+
+    PyTorch otherwise converts them in every call, which takes longer than the convolution if there are few pixels. The
+    result is the same to the bit.
+    """
 
     packed: Tensor | None = None
 
-    def pack(self, packed: bool) -> None:
-        """Packs, on an x86 CPU in bf16, or unpacks. What is packed cannot be copied, moved, cast or saved."""
-        weight = self.weight
-        if not packed and self.packed is not None:
-            weight.data, self.packed = self.packed.to_dense().to(memory_format=torch.channels_last), None
-        elif packed and self.packed is None and weight.dtype == torch.bfloat16 and can_pack(weight.device):
-            with suppress(AttributeError, RuntimeError):  # no bf16 in the processor; no such functions in this PyTorch
-                self.convolve = torch.ops.mkldnn._convolution_pointwise
-                how = self.padding, self.stride, self.dilation, self.groups
-                self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *how)
-                weight.data = weight.new_empty(0)
+    def pack(self) -> None:
+        """Converts the weights, which can then be neither copied, moved, cast nor saved."""
+        with suppress(AttributeError, RuntimeError):  # no bf16 in the processor, or no such functions in this PyTorch
+            self.convolve = torch.ops.mkldnn._convolution_pointwise
+            how = self.padding, self.stride, self.dilation, self.groups
+            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *how)
+            self.weight.data = self.weight.new_empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
@@ -201,14 +215,14 @@ class Conv2d(nn.Conv2d):
         return self.convolve(x, self.packed, self.bias, *how, "none", [], "")
 
 
-def can_pack(device: torch.device) -> bool:
+def can_pack(weight: Tensor) -> bool:
     mkldnn = torch.backends.mkldnn
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return device.type == "cpu" and x86 and mkldnn.is_available() and mkldnn.enabled
+    x86 = weight.device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and weight.dtype == torch.bfloat16 and mkldnn.is_available() and mkldnn.enabled
 
 
 class Resnet(nn.Module):
-    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv; plus the input through a 1x1 conv if need be."""
+    """norm, SiLU, conv, time embedding, norm, SiLU, dropout, conv; plus the input (by a 1x1 conv if widths differ)."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, scale: float = 1):
         super().__init__()
@@ -217,7 +231,7 @@ class Resnet(nn.Module):
         self.scale = scale
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb_channels = out_channels * (2 if self.scale_shift else 1)
+        self.emb_channels = 2 * out_channels if self.scale_shift else out_channels
         self.time_emb_proj = nn.Linear(time_dim, self.emb_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -225,7 +239,7 @@ class Resnet(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, in, H, W) and what `time_emb_proj` made of the time embedding (B, out or 2 out) -> (B, out, H, W)."""
+        """x (B, in, H, W) and the time embedding after `time_emb_proj` (B, out or 2 out) -> (B, out, H, W)."""
         emb = emb[:, :, None, None]
         h = self.conv1(F.silu(self.norm1(x)))
         if self.scale_shift:
@@ -234,17 +248,15 @@ class Resnet(nn.Module):
         else:
             h = self.norm2(h + emb)
         h = self.conv2(self.dropout(F.silu(h)))
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return (x + h) / self.scale if self.scale != 1 else x + h
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return residual(x, h, self.scale)
 
 
-def stacked(layers: list[nn.Linear]) -> nn.Linear:
-    """One layer whose output is theirs, side by side. For drawing: it is not trained."""
-    layer = nn.Linear(layers[0].in_features, sum(part.out_features for part in layers), device="meta")
-    for name in ("weight", "bias"):
-        values = torch.cat([getattr(part, name).detach() for part in layers])
-        setattr(layer, name, nn.Parameter(values, requires_grad=False))
-    return layer
+def residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return x + h
+    return (x + h) / scale
 
 
 class Attention(nn.Module):
@@ -261,12 +273,14 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
-        self.to_qkv = None
+        self.to_qkv: nn.Linear | None = None  # for drawing: the three above in one
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        h = x if self.group_norm is None else self.group_norm(x)
-        h = h.flatten(2).transpose(1, 2)  # (B, HW, C), free of copies when channels come last
+        h = x
+        if self.group_norm is not None:
+            h = self.group_norm(x)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, C), without a copy if channels are last
         split = (batch, height * width, self.heads, channels // self.heads)
         if self.to_qkv is None:
             q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
@@ -276,7 +290,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, head_dim)
         h = self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, HW, C)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
-        return (x + h) / self.scale if self.scale != 1 else x + h
+        return residual(x, h, self.scale)
 
 
 class Downsample(nn.Module):
@@ -285,7 +299,9 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        if not self.conv.padding[0]:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -298,7 +314,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level: resnets, each followed by attention where the level has it, then a change of size if any."""
+    """One level: resnets, each followed by attention if the level has it, then down- or upsampling if there is any."""
 
     def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], attention: bool, **resample):
         super().__init__()
@@ -314,9 +330,9 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         channels, scale = config.block_out_channels[-1], config.mid_block_scale_factor
-        # diffusers leaves this norm out with "scale_shift" unless its groups are given: kept, for the same function.
-        default_groups = config.norm_num_groups if config.resnet_time_scale_shift == "default" else None
-        groups = config.attn_norm_num_groups or default_groups
+        groups = config.attn_norm_num_groups
+        if config.resnet_time_scale_shift == "default":  # with "scale_shift" diffusers has no norm here by default
+            groups = groups or config.norm_num_groups
         self.resnets = nn.ModuleList(Resnet(config, channels, channels, scale) for _ in range(2))
         attention = Attention(config, channels, groups, scale) if config.add_attention else nn.Identity()
         self.attentions = nn.ModuleList([attention])
@@ -342,15 +358,17 @@ def time_embedding_dim(config: UNetConfig) -> int:
 def sinusoids(t: Tensor, dim: int, freq_shift: int, flip: bool) -> Tensor:
     """(B,) timesteps -> (B, dim) float32 sines and cosines of geometric frequencies (Vaswani et al. 2017, 3.5)."""
     half = dim // 2
-    # In diffusers' order of operations: an angle near 1000 turns the last bit of a frequency into 6e-5.
+    # The order of operations is that of diffusers: one bit of a frequency changes an angle near 1000 by 6e-5.
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * torch.exp(exponent)
-    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
+    parts = [angles.sin(), angles.cos()]
+    if flip:
+        parts.reverse()
     return torch.cat(parts, dim=1)
 
 
 class UNet(nn.Module):
-    """`network(x, t, labels)`: noisy images, timesteps and class labels in, the prediction out."""
+    """The network: `network(x, t, labels)` maps noisy images, timesteps and class labels to the prediction."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -359,53 +377,41 @@ class UNet(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
-        self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim) if config.num_class_embeds else None
+        self.class_embedding = None
+        if config.num_class_embeds:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of each skip connection, in the order they are pushed
         for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             pairs = [(skips[-1] if j == 0 else width, width) for j in range(layers)]
-            resample = {"downsamplers": Downsample(width, config.downsample_padding)} if i < last else {}
+            resample = {}
+            if i < last:
+                resample = {"downsamplers": Downsample(width, config.downsample_padding)}
             self.down_blocks.append(Block(config, pairs, kind.startswith("Attn"), **resample))
-            skips += [width] * (layers + (i < last))
+            skips += [width] * (layers + len(resample))
         self.mid_block = MidBlock(config) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
         for i, (kind, width) in enumerate(zip(config.up_block_types, reversed(widths), strict=True)):
             pairs = [((channels if j == 0 else width) + skips.pop(), width) for j in range(layers + 1)]
-            resample = {"upsamplers": Upsample(width)} if i < last else {}
+            resample = {}
+            if i < last:
+                resample = {"upsamplers": Upsample(width)}
             self.up_blocks.append(Block(config, pairs, kind.startswith("Attn"), **resample))
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
-        self.to_embs: nn.Linear | None = None
+        self.to_embs: nn.Linear | None = None  # for drawing: `time_emb_proj` of all resnets in one
 
     def resnets(self) -> list[Resnet]:
-        """In the order in which they are applied."""
-        blocks = [*self.down_blocks, *([self.mid_block] if self.mid_block else []), *self.up_blocks]
-        return [resnet for block in blocks for resnet in block.resnets]
-
-    def fuse(self) -> None:
-        """Prepares for drawing, in place: one product for q, k and v, one for what all resnets are told of the
-        timestep, packed convolutions. It computes the same to rounding; its state is no longer that of a file."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.to_qkv = stacked([module.to_q, module.to_k, module.to_v])
-                del module.to_q, module.to_k, module.to_v
-        self.to_embs = stacked([resnet.time_emb_proj for resnet in self.resnets()])
-        for resnet in self.resnets():
-            del resnet.time_emb_proj
-        self.pack(True)
-
-    def pack(self, packed: bool) -> None:
-        """Rearranges the weights of convolutions for drawing on a CPU in bf16, or back, as torch.compile needs them."""
-        for module in self.modules():
-            if isinstance(module, Conv2d):
-                module.pack(packed)
+        """All resnets, in the order in which they are applied."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [resnet for block in blocks if block is not None for resnet in block.resnets]
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-        """What each resnet is told of timesteps and labels (B,): (B, its channels) each, in order of use."""
+        """Embeds timesteps and labels (B,): for each resnet, in order, a tensor (B, its emb_channels)."""
         config = self.config
         emb = sinusoids(t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos)
         emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
@@ -420,11 +426,11 @@ class UNet(nn.Module):
         """x (B, C, H, W), t (B,) timesteps, labels (B,) int64 -> prediction (B, C, H, W) in the network's dtype."""
         if (labels is None) != (self.class_embedding is None):
             raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
-        config, embs = self.config, iter(self.embed(t, labels))
+        embs = iter(self.embed(t, labels))
         x = x.to(self.conv_in.weight.dtype)
-        if config.center_input_sample:
+        if self.config.center_input_sample:
             x = 2 * x - 1
-        x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
+        x = F.pixel_unshuffle(x, self.config.patch_size)  # (B, C p^2, H/p, W/p)
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for block in self.down_blocks:
@@ -442,11 +448,43 @@ class UNet(nn.Module):
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)  # twice the height and width
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return F.pixel_shuffle(h, config.patch_size) if config.patch_size > 1 else h
+        return F.pixel_shuffle(h, self.config.patch_size)  # (B, C, H, W)
+
+
+def for_drawing(network: UNet, device: torch.device, dtype: torch.dtype, packed: bool = True) -> UNet:
+    """Returns a copy prepared for drawing, which computes the same to rounding; it cannot be trained or saved.
+
+    It has one product for q, k and v, one for the time embeddings of all resnets and, with `packed`, convolutions
+    packed for bf16 on an x86 CPU, which torch.compile does not support. Weights that need no change share memory with
+    those of the network.
+    """
+    with torch.device("meta"):
+        copy = UNet(network.config)
+    copy.load_state_dict(network.state_dict(), assign=True)
+    copy.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    for module in list(copy.modules()):
+        if isinstance(module, Attention):
+            module.to_qkv = stack([module.to_q, module.to_k, module.to_v])
+            del module.to_q, module.to_k, module.to_v
+        elif isinstance(module, Conv2d) and packed and can_pack(module.weight):
+            module.pack()
+    copy.to_embs = stack([resnet.time_emb_proj for resnet in copy.resnets()])
+    for resnet in copy.resnets():
+        del resnet.time_emb_proj
+    return copy
+
+
+def stack(layers: list[nn.Linear]) -> nn.Linear:
+    """Returns one layer without gradients whose output is that of the given layers, concatenated."""
+    layer = nn.Linear(layers[0].in_features, sum(part.out_features for part in layers), device="meta")
+    for name in ("weight", "bias"):
+        values = torch.cat([getattr(part, name) for part in layers])
+        setattr(layer, name, nn.Parameter(values, requires_grad=False))
+    return layer
 
 
 def flops(config: UNetConfig, size: tuple[int, int]) -> int:
-    """Floating-point operations of one forward pass of one image of (height, width) pixels; 2 a multiply-add."""
+    """Counts floating-point operations of a forward pass for one image of (height, width); a multiply-add is 2."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -463,122 +501,156 @@ LEGACY_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".p
 
 
 def write_safetensors(tensors: dict[str, Tensor], file) -> None:
-    """Writes named tensors to a binary file object in the safetensors format, in order of their names."""
+    """Writes named tensors, sorted by name, to a binary file in the safetensors format.
+
+    Format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, then the data.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in sorted(tensors.items()):
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, so that it can be viewed in place
+    text += b" " * (-len(text) % 8)  # spaces, so that the data begins at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in sorted(tensors.items()):
         file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads a safetensors file of floating-point tensors. ValueError, one sentence, for anything not exactly right:
-    the header's size and JSON, dtypes, shapes, offsets with a hole or an overlap, trailing bytes, NaN or infinity."""
+    """Reads a safetensors file of floating-point tensors.
+
+    Raises ValueError, one sentence, for anything that is not exactly right: length and JSON of the header, dtypes,
+    shapes, offsets that leave a hole or overlap, trailing bytes, NaN or infinity.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError("is truncated or no safetensors file: its header does not fit")
-        header = _parse_header(file.read(length))
-        offset = 0
-        for name, (dtype, shape, begin, end) in sorted(header.items(), key=lambda item: item[1][2:]):
-            if begin != offset or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"is damaged: the bytes of tensor {name[:80]!r} overlap, leave a hole or do not fit")
-            offset = end
-        if 8 + length + offset != size:
-            raise ValueError(f"is damaged: {8 + length + offset} bytes expected, {size} found")
+            raise ValueError("is truncated or not a safetensors file: its header does not fit")
+        entries = _parse_header(file.read(length))
+        end = 0
+        for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+            if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * entry.dtype.itemsize:
+                raise ValueError(
+                    f"is damaged: the bytes of {entry.label} overlap, leave a hole or do not fit its shape"
+                )
+            end = entry.end
+        start = 8 + length
+        if start + end != size:
+            raise ValueError(f"is damaged: {start + end} bytes expected, {size} found")
         tensors = {}
-        for name, (dtype, shape, begin, end) in header.items():
-            values = torch.empty(math.prod(shape), dtype=dtype)  # read in place: the file is never in memory twice
-            file.seek(8 + length + begin)
-            if file.readinto(values.view(torch.uint8).numpy()) != end - begin:
-                raise ValueError(f"is truncated: it ends inside of tensor {name[:80]!r}")
+        for entry in entries:
+            values = torch.empty(math.prod(entry.shape), dtype=entry.dtype)  # read in place: one copy in memory
+            file.seek(start + entry.begin)
+            if file.readinto(values.view(torch.uint8).numpy()) != entry.end - entry.begin:
+                raise ValueError(f"is truncated: it ends inside {entry.label}")
             if not values.isfinite().all():
-                raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
-            tensors[name] = values.reshape(shape)
+                raise ValueError(f"has a value in {entry.label} that is not finite")
+            tensors[entry.name] = values.reshape(entry.shape)
     return tensors
 
 
-def _parse_header(text: bytes) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """The JSON header as {name: (dtype, shape, begin, end)}; ValueError for anything the format does not allow."""
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header of a safetensors file describes it."""
 
-    def no_duplicates(pairs):
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int  # bytes, from the end of the header
+    end: int
+
+    @property
+    def label(self) -> str:
+        return f"tensor {self.name[:80]!r}"
+
+
+def _parse_header(text: bytes) -> list[Entry]:
+    """Parses the JSON header. Raises ValueError for anything that the format does not allow."""
+
+    def no_duplicates(pairs):  # "Duplicate keys are disallowed."
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
-    def whole(values, count=None):
-        return (
-            isinstance(values, list)
-            and all(type(v) is int and 0 <= v < 2**48 for v in values)
-            and (count is None or len(values) == count)
-        )
-
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-        if not text.startswith(b"{") or not isinstance(header, dict):
-            raise ValueError("it is no object")
+        if not text.startswith(b"{") or not isinstance(header, dict):  # "must begin with a { character"
+            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"has a damaged header: {str(error)[:100]}") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {})  # "Arbitrary JSON is not allowed, all values must be strings."
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("has a damaged header: __metadata__ must map names to strings")
-    entries = {}
+    entries = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"has a damaged header: tensor {name[:80]!r} needs dtype, shape and data_offsets alone")
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise ValueError(f"has a damaged header: tensor {name[:80]!r} needs exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"has tensor {name[:80]!r} of a dtype that is not one of {', '.join(DTYPES)}")
-        if not whole(entry["shape"]) or not whole(entry["data_offsets"], 2) or len(entry["shape"]) > 8:
+        if not _whole_numbers(shape, at_most=8) or not _whole_numbers(offsets, at_most=2) or len(offsets) != 2:
             raise ValueError(f"has a damaged header: shape or offsets of tensor {name[:80]!r}")
-        entries[name] = (DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
+        entries.append(Entry(name, DTYPES[dtype], shape, *offsets))
     return entries
 
 
+def _whole_numbers(values, at_most: int) -> bool:
+    if not isinstance(values, list) or len(values) > at_most:
+        return False
+    return all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Named tensors from `.safetensors`, or from a `.bin` of torch.save through weights_only, which runs no code from
-    the file. Names of old diffusers files are brought up to date. ValueError says what is wrong with the file."""
-    if str(path).endswith(".safetensors"):
-        tensors = read_safetensors(path)
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            raise ValueError("is damaged, or holds more than tensors") from error
-        if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
-        ):
-            raise ValueError("holds something else than named tensors")
-        for name, value in tensors.items():
-            # An expanded tensor of 4 bytes may claim terabytes; sparse, meta and nested ones have no plain storage.
-            plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
-            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError(f"has tensor {name[:80]!r} that is not a plain floating-point tensor")
-            if not value.isfinite().all():
-                raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
+    """Reads named tensors from `.safetensors`, or from a `.bin` of torch.save with weights_only, which runs no code.
+
+    Names in old diffusers files are replaced by today's. Raises ValueError, which says what is wrong with the file.
+    """
+    read = read_safetensors if str(path).endswith(".safetensors") else _read_bin
+    tensors = read(path)
     for old, new in LEGACY_NAMES.items():
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     return tensors
 
 
+def _read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        raise ValueError("is damaged, or holds more than tensors") from error
+    if not isinstance(tensors, dict):
+        raise ValueError("does not hold named tensors")
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError("does not hold named tensors")
+        # An expanded tensor of 4 bytes may claim terabytes; sparse, meta and nested ones have no plain storage.
+        plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"has tensor {name[:80]!r} that is not a plain floating-point tensor")
+        if not value.isfinite().all():
+            raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
+    return tensors
+
+
 def build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
-    """A network with these weights, in float32, in evaluation mode. ValueError names the first tensor that is missing,
-    not expected or of another shape; nothing is allocated before all shapes are known to fit."""
+    """Makes a network with these weights, in float32 and evaluation mode.
+
+    Raises ValueError, which names the first tensor that is missing, unexpected or of another shape, before anything is
+    allocated.
+    """
     with torch.device("meta"):
         network = UNet(config)
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise ValueError(f"{'lacks' if name in expected else 'has an unexpected'} tensor {name[:80]!r}")
+        if name not in weights:
+            raise ValueError(f"lacks tensor {name[:80]!r}")
+        if name not in expected:
+            raise ValueError(f"has an unexpected tensor {name[:80]!r}")
         if weights[name].shape != expected[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
             raise ValueError(f"has tensor {name!r} of shape {shapes}")

@@ -1,8 +1,9 @@
-"""Trains the feature extractor of monitor.py: the command that made `features.safetensors`, kept to be read.
+"""Trains the feature extractor of monitor.py: the script that made `features.safetensors`.
 
-    python -m weights.features
+    python -m builtin.features
 
-It was run once. A file made again has other numbers, and no quality measured before would be comparable.
+It was run once and is kept for reading. A new file would have other features, and no earlier measurement of quality
+would be comparable with later ones.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from tqdm import tqdm
 import data
 import monitor
 import unet
+from builtin import butterflies
 
 STEPS, BATCH, SEED = 2000, 64, 1
 
@@ -43,7 +45,7 @@ def cast(images: Tensor, severity: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, severity: Tensor) -> Tensor:
-    """Smooth displacements, as of a shape that was not learnt."""
+    """Smooth displacements, like those of a badly learnt shape."""
     coarse = 0.15 * severity[:, None, None, None] * torch.randn(len(images), 2, 6, 6)
     offsets = F.interpolate(coarse, images.shape[2:], mode="bicubic").permute(0, 2, 3, 1)
     grid = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
@@ -51,14 +53,14 @@ def warp(images: Tensor, severity: Tensor) -> Tensor:
 
 
 def seam(images: Tensor, severity: Tensor) -> Tensor:
-    """The right part of another specimen, the more visible the more severe."""
+    """Blends in the right half of another specimen, more visibly with more severity."""
     severity = severity[:, None, None, None]
     mixed = images * (1 - severity) + images.roll(1, 0) * severity
     return torch.cat([images[..., :32], mixed[..., 32:]], dim=-1)
 
 
 def blocks(images: Tensor, severity: Tensor) -> Tensor:
-    """Cells of 4 x 4 pixels that do not fit to each other."""
+    """Offsets cells of 4 x 4 pixels against each other."""
     coarse = 0.3 * severity[:, None, None, None] * torch.randn(len(images), 3, 16, 16)
     return images + F.interpolate(coarse, scale_factor=4, mode="nearest")
 
@@ -67,7 +69,7 @@ DAMAGES = (blur, noise, cast, warp, seam, blocks)
 
 
 def batch(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of a step as uint8, labels, and how much of each damage was done (B, 6): each to a third of them."""
+    """Returns uint8 images of a step, their labels, and severities of the damages (B, 6), a third of them above 0."""
     torch.manual_seed(data.generator(SEED, "damage", step).initial_seed())
     rows = torch.randint(len(images), (BATCH,))
     done = torch.rand(BATCH, len(DAMAGES)) * (torch.rand(BATCH, len(DAMAGES)) < 1 / 3)
@@ -78,14 +80,14 @@ def batch(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Te
 
 
 class Trained(nn.Module):
-    """The extractor with batch norms, which are folded into its convolutions at the end, and with two heads."""
+    """The extractor with two heads and with batch norms, which are folded into its convolutions at the end."""
 
     def __init__(self):
         super().__init__()
         self.inner = monitor.Features()
         self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.inner.convs)
         self.whiten = nn.BatchNorm1d(self.norms[-1].num_features, affine=False)
-        self.heads = nn.Linear(self.norms[-1].num_features, len(data.FAMILIES) + len(DAMAGES))
+        self.heads = nn.Linear(self.norms[-1].num_features, len(butterflies.FAMILIES) + len(DAMAGES))
 
     def forward(self, images: Tensor) -> Tensor:
         h = data.to_float(images)
@@ -100,7 +102,7 @@ class Trained(nn.Module):
 
 
 def main() -> None:
-    dataset = data.prepare(f"drawn:8192:{SEED}", monitor.Features.SIDE, channels=3)
+    dataset = data.prepare(f"synthetic:8192:{SEED}", monitor.Features.SIDE, channels=3)
     images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels)
     torch.manual_seed(SEED)
     network = Trained().train().to(memory_format=torch.channels_last)
@@ -122,7 +124,7 @@ def main() -> None:
 
     network = network.eval().folded()
     with torch.no_grad():
-        # In half precision as it is kept; then mean and deviation on drawn butterflies as they are.
+        # Weights in half precision, as they are saved; then mean and deviation over undamaged butterflies.
         network.convs.half().float()
         features = monitor.features_of(network, images)
         network.std.copy_(features.std(0).clamp(min=1e-3))
