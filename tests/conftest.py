@@ -1,4 +1,4 @@
-"""What several test files share: a data set of drawn shapes, a tiny trained run, and a cache of their own."""
+"""What several test files share: a dataset of shapes, a tiny trained run, and a cache of their own."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ddpm
 import train
 from tests.shapes import make_shapes
 
@@ -21,14 +22,30 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="ask the server 20,000 times, for some minutes")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Half of the tests for each process; who has done its own takes from the other, so that they end together."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all processes of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), count=60, size=16)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    os.environ["PAPILIO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def own_cache(shared_folder):
+    """One for all processes of a run, so that each data set is prepared once."""
+    os.environ["PAPILIO_CACHE"] = str(shared_folder / "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +95,21 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@torch.inference_mode()
+@torch.inference_mode()
+def denoise(network, table, noise, *, labels=None, start=None, known=None, progress=None) -> torch.Tensor:
+    """The plainest loop over the steps of a table: the reference for sample.draw and the server."""
+    x = noise()
+    if start:
+        x = start(x)
+    state = ddpm.initial_state(x)
+    for i, row in enumerate(table):
+        t = torch.full((len(state),), int(row[ddpm.TIMESTEP]))
+        output = network(state[:, ddpm.X], t, labels)
+        fresh = noise() if ddpm.needs_noise(row) else None
+        state, x0 = ddpm.step(state, output, row.expand(len(state), -1), fresh, known)
+        if progress:
+            progress(i, state[:, ddpm.X], x0)
+    return state[:, ddpm.X]

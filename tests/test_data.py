@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
+from builtin import butterflies
 from data import InputError
 from tests.conftest import png_text
 from tests.shapes import make_shapes
@@ -157,6 +157,19 @@ def test_exif_orientation_is_undone(orientation):
     exif[0x0112] = orientation
     pixels = data.decode(encode(stored, exif=exif), 16, 3)
     assert np.array_equal(pixels.transpose(1, 2, 0), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation, turned", [(6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)])
+def test_a_turned_photo_is_cropped_as_it_is_seen(orientation, turned):
+    """Twice as high as wide, stored lying: the same as the upright photo without a tag, with and without scaling."""
+    upright = Image.fromarray(noise_images(1, 64)[0].transpose(1, 2, 0)).crop((0, 0, 32, 64))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for size in (32, 16):
+        pixels = data.decode(encode(upright.transpose(turned), exif=exif), size, 3)
+        assert np.array_equal(pixels, data.decode(encode(upright), size, 3))
+    middle = np.asarray(upright)[16:48].transpose(2, 0, 1)
+    assert np.array_equal(data.decode(encode(upright.transpose(turned), exif=exif), 32, 3), middle)
 
 
 @pytest.mark.parametrize("size", [(300, 120), (120, 300)])
@@ -377,7 +390,7 @@ def test_the_fingerprint_covers_pixels_labels_names_and_order(shapes):
         (dataset.images, None, ()),
         (dataset.images, dataset.labels, ("a", *dataset.classes[1:])),
     ]
-    assert dataset.fingerprint not in {data.fingerprint(*other) for other in others}
+    assert dataset.fingerprint not in {data.data_fingerprint(*other) for other in others}
 
 
 def damage(folder, kind, monkeypatch):
@@ -430,19 +443,19 @@ def test_sources_that_are_none(tmp_path):
     (tmp_path / "text.txt").write_text("")
     one = save_all(tmp_path / "one", noise_images(1))
     for source, sentence in [
-        (tmp_path / "missing", "no folder or parquet file here and no hub id"),
+        (tmp_path / "missing", "neither a folder nor a parquet file here, and not a hub id"),
         (tmp_path / "empty", "holds no images"),
         (tmp_path / "text.txt", "not parquet"),
         (one / "0000.png", "name the folder"),
         (one, "at least 2 are needed"),
-        ("", "no folder"),
-        ("x" * 5000, "no folder"),
-        ("nul\0byte", "no folder"),
-        ("a/b/c", "no hub id"),
+        ("", "neither a folder"),
+        ("x" * 5000, "neither a folder"),
+        ("nul\0byte", "neither a folder"),
+        ("a/b/c", "not a hub id"),
     ]:
         with pytest.raises(InputError, match=sentence):
             prepare(source)
-    with pytest.raises(InputError, match="revision 'main'"):
+    with pytest.raises(InputError, match="--revision main: only hub ids"):
         prepare(one, revision="main")
 
 
@@ -545,13 +558,20 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert data.cache_folder().parts[-2:] == (".cache", "papilio")
 
 
-def test_reading_ahead_is_bounded():
-    read = []
-    with ThreadPoolExecutor(2) as pool:
-        results = data._ordered_map(pool, str, (read.append(i) or i for i in range(100)), window=8)
-        for i, result in enumerate(results):
-            assert result == str(i) and len(read) <= i + 8
-    assert len(read) == 100
+def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
+    """Encoded images are read a few at a time: a large dataset need not fit in memory."""
+    read, most, decode_item = [], [], data._decode_item
+
+    def decode(item, **options):
+        most.append(len(read) - item.label)
+        return decode_item(item, **options)
+
+    monkeypatch.setattr(data, "_decode_item", decode)
+    content = encode(solid("L", 7))
+    items = (read.append(i) or data.Item(str(i), content, i) for i in range(600))
+    labels, digests, skipped = data._decode_all(tmp_path / "images.bin", items, 600, 8, 1, False)
+    assert labels == list(range(600)) and len(digests) == 600 and not skipped
+    assert max(most) <= 256 and (tmp_path / "images.bin").stat().st_size == 600 * 64
 
 
 # ---------------------------------------------------------------------------------------------------- parquet
@@ -660,20 +680,25 @@ def closed_port():
 def test_a_hub_that_refuses_is_noticed(monkeypatch, cache):
     without_proxies(monkeypatch)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    start = time.monotonic()
     with pytest.raises(InputError, match="'org/name' is no folder here, and the hub at http://127.0.0.1"):
         prepare("org/name")
-    assert time.monotonic() - start < 6 and leftovers(cache) == []
+    assert leftovers(cache) == []
 
 
 def test_a_hanging_name_lookup_is_noticed(monkeypatch):
     without_proxies(monkeypatch)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
-    start = time.monotonic()
+    begun, ended = [], []
+
+    def hang(*_, **__):
+        begun.append(True)
+        time.sleep(30)
+        ended.append(True)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     with pytest.raises(InputError, match="hub at http://hub.invalid gave no answer within 5 seconds"):
         prepare("smithsonian")
-    assert 4 < time.monotonic() - start < 6
+    assert begun and not ended
 
 
 @pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (500, True), (502, False), (504, False)])
@@ -788,10 +813,21 @@ def test_near_duplicates_are_exactly_those_of_all_pairs(spread):
     assert 60 <= len(set(groups.tolist())) < 120 or spread == 12
 
 
-def test_near_duplicates_of_many_copies_are_quick():
-    start = time.monotonic()
+def test_near_duplicates_of_many_copies_are_joined_in_few_rounds(monkeypatch):
+    """4.5 million pairs: joined one by one they would take minutes."""
+    rounds, minimum = [], np.minimum
+
+    class Counting:
+        def __call__(self, a, b):
+            return minimum(a, b)
+
+        def at(self, *pairs):
+            rounds.append(len(pairs[1]))
+            minimum.at(*pairs)
+
+    monkeypatch.setattr(np, "minimum", Counting())
     assert len(set(data.near_duplicates(np.full((3000, 3, 8, 8), 200, np.uint8)).tolist())) == 1
-    assert time.monotonic() - start < 10
+    assert len(rounds) < 100
 
 
 def test_recompressed_and_mirrored_copies_stay_together(tmp_path):
@@ -864,13 +900,13 @@ def test_held_out_groups_are_those_of_the_smallest_digests():
     assert data.choose_held_out(np.arange(700), digests(700))[1].tolist() == sorted(ranks[:100].tolist())
 
 
-# ------------------------------------------------------------------------------------------ drawn butterflies
+# ------------------------------------------------------------------------------------------ synthetic butterflies
 
-PINNED = Path(__file__).with_name("drawn.png")  # made by `python -m tests.test_data`, once for each DRAWN_VERSION
+PINNED = Path(__file__).with_name("synthetic.png")  # made by `python -m tests.test_data`, once for each VERSION
 
 
 def specimens(indices, size, seed=0):
-    return np.stack([data.draw_butterfly(seed, i, size) for i in indices])
+    return np.stack([butterflies.render(seed, i, size) for i in indices])
 
 
 def shrink(images, factor):
@@ -880,10 +916,10 @@ def shrink(images, factor):
 
 
 def test_a_specimen_is_the_same_on_every_machine():
-    """To 2 levels of the picture that is kept: whoever changes the drawing makes a new DRAWN_VERSION and picture."""
-    assert int(png_text(PINNED)["version"]) == data.DRAWN_VERSION
+    """To 2 levels of the picture that is kept: a change of the pictures needs a new VERSION and a new file."""
+    assert int(png_text(PINNED)["version"]) == butterflies.VERSION
     kept = np.asarray(Image.open(PINNED))
-    found = np.asarray(data.grid(specimens(range(len(data.FAMILIES)), 32)))
+    found = np.asarray(data.grid(specimens(range(len(butterflies.FAMILIES)), 32)))
     assert found.shape == kept.shape and np.abs(found.astype(int) - kept).max() <= 2
 
 
@@ -892,89 +928,115 @@ def test_a_specimen_depends_on_seed_and_index_alone():
     assert np.array_equal(specimens((23, 8, 0), 32)[::-1], forward)
     for other in (specimens((15, 23, 8), 32), specimens((0, 8, 23), 32, seed=1)):  # the first of each: one family
         assert all(np.abs(a.astype(int) - b).mean() > 3 for a, b in zip(forward, other, strict=True))
-    far = data.draw_butterfly(2**50, 2**50, 32)
+    far = butterflies.render(2**50, 2**50, 32)
     assert far.shape == (3, 32, 32) and far.std() > 20
 
 
 @pytest.mark.parametrize("size", [16, 50, 64, 100, 128, 256])
 def test_a_specimen_is_one_picture_at_every_size(size):
     """Area means of a four times larger drawing: antialiased, and the same pose and pattern."""
-    indices = range(0, 15, 2)
+    indices = range(0, 15, 2 if size < 100 else 5)
     small, large = specimens(indices, size), shrink(specimens(indices, 4 * size), 4)
-    assert small.shape == (8, 3, size, size) and small.dtype == np.uint8
+    assert small.shape == (len(indices), 3, size, size) and small.dtype == np.uint8
     difference = np.abs(small - large).mean((1, 2, 3))
     assert difference.max() < 4, difference  # of 255; two specimens of a family differ by over 10
     assert small[:, :, 0, 0].min() > 220  # paper
 
 
-def test_drawn_data_are_balanced_and_independent_of_their_number(monkeypatch):
+def test_synthetic_data_are_balanced_and_independent_of_their_number(monkeypatch):
     monkeypatch.setattr(data, "near_duplicates", forbid)  # none is a copy, however alike
-    few, many = prepare("drawn:20"), prepare("drawn:45")
+    few, many = prepare("synthetic:20"), prepare("synthetic:45")
     assert np.array_equal(many.images[:20], few.images) and np.array_equal(many.images, specimens(range(45), 16))
-    assert many.classes == tuple(data.FAMILIES) and len(many.classes) >= 10
+    assert many.classes == tuple(butterflies.FAMILIES) and len(many.classes) >= 10
     assert np.bincount(many.labels).tolist() == [3] * 15
-    assert (many.source, many.revision, len(set(many.groups.tolist()))) == ("drawn:45", str(data.DRAWN_VERSION), 45)
-    others = prepare("drawn:20:7")
+    assert (many.source, many.revision, len(set(many.groups.tolist()))) == (
+        "synthetic:45",
+        str(butterflies.VERSION),
+        45,
+    )
+    others = prepare("synthetic:20:7")
     assert np.array_equal(others.images, specimens(range(20), 16, seed=7))
-    assert len({few.fingerprint, many.fingerprint, others.fingerprint, prepare("drawn:20", 24).fingerprint}) == 4
+    assert len({few.fingerprint, many.fingerprint, others.fingerprint, prepare("synthetic:20", 24).fingerprint}) == 4
     train, held_out = data.split(many)
     assert len(held_out) == 6 and set(train) | set(held_out) == set(range(45))
-    grey = prepare("drawn:20", channels=1)
+    grey = prepare("synthetic:20", channels=1)
     weights = np.array([299, 587, 114]).reshape(1, 3, 1, 1) / 1000  # ITU-R 601 luma
     assert np.abs(grey.images - (few.images * weights).sum(1, keepdims=True)).max() < 1.01
 
 
-def test_the_fingerprint_of_drawn_data_is_that_of_their_recipe(monkeypatch):
+def test_the_fingerprint_of_synthetic_data_is_that_of_their_recipe(monkeypatch):
     """Another machine may round otherwise: a fingerprint of its pixels would refuse to go on with a run."""
-    before = prepare("drawn:4")
-    draw = data.draw_butterfly
-    monkeypatch.setattr(data, "draw_butterfly", lambda *key: draw(*key) ^ 1)  # one level aside
+    before = prepare("synthetic:4")
+    render = butterflies.render
+    monkeypatch.setattr(butterflies, "render", lambda *key: render(*key) ^ 1)  # one level aside
     monkeypatch.setenv("PAPILIO_CACHE", str(before.folder.parent / "elsewhere"))
-    after = prepare("drawn:4")
+    after = prepare("synthetic:4")
     assert after.fingerprint == before.fingerprint and after.checksum != before.checksum
-    monkeypatch.setattr(data, "DRAWN_VERSION", 99)
-    assert prepare("drawn:4").fingerprint != before.fingerprint
+    monkeypatch.setattr(butterflies, "VERSION", 99)
+    assert prepare("synthetic:4").fingerprint != before.fingerprint
+
+
+def test_the_older_name_drawn_means_the_same_data_and_split():
+    """Pinned: resumed runs compare this fingerprint, and hold the same images out."""
+    dataset = prepare("synthetic:64", 64)
+    assert dataset.fingerprint == "80c231e2281351b011e49442d148c34a55100a3a8ad2c54a08d528d9c383f65f"
+    assert data.split(dataset)[1].tolist() == [9, 10, 15, 17, 24, 42, 49, 53, 63]
+    older = prepare("drawn:64", 64)
+    assert (older.folder, older.source) == (dataset.folder, "synthetic:64")
+    assert prepare("drawn:20:7").fingerprint == prepare("synthetic:20:7").fingerprint
 
 
 def test_families_are_told_apart_on_unseen_specimens():
-    """A linear classifier on 16 px: softmax regression, 600 to learn from and 210 of later numbers to judge."""
-    pixels = torch.from_numpy(np.stack([data.draw_butterfly(0, i, 16) for i in range(810)])).flatten(1) / 255
-    labels = torch.arange(810) % len(data.FAMILIES)
-    mean, spread = pixels[:600].mean(0), pixels[:600].std(0) + 1e-3
+    """A linear classifier on 16 px: softmax regression, 450 to learn from and 150 of later numbers to judge."""
+    pixels = torch.from_numpy(np.stack([butterflies.render(0, i, 16) for i in range(600)])).flatten(1) / 255
+    labels = torch.arange(600) % len(butterflies.FAMILIES)
+    mean, spread = pixels[:450].mean(0), pixels[:450].std(0) + 1e-3
     torch.manual_seed(0)
-    model = torch.nn.Linear(768, len(data.FAMILIES))
+    model = torch.nn.Linear(768, len(butterflies.FAMILIES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     for _ in range(150):
-        loss = torch.nn.functional.cross_entropy(model((pixels[:600] - mean) / spread), labels[:600])
+        loss = torch.nn.functional.cross_entropy(model((pixels[:450] - mean) / spread), labels[:450])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    accuracy = (model((pixels[600:] - mean) / spread).argmax(1) == labels[600:]).float().mean()
+    accuracy = (model((pixels[450:] - mean) / spread).argmax(1) == labels[450:]).float().mean()
     print(f"accuracy on unseen specimens: {accuracy:.3f}")
     assert accuracy >= 0.9
 
 
 @pytest.mark.parametrize(
-    "source", ["drawn:", "drawn:0", "drawn:1", "drawn:x", "drawn:-3", "drawn:5:", "drawn:5:6:7", "drawn:5.0"]
+    "source",
+    [
+        "synthetic:",
+        "synthetic:0",
+        "synthetic:1",
+        "synthetic:x",
+        "synthetic:-3",
+        "synthetic:5:",
+        "synthetic:5:6:7",
+        "synthetic:5.0",
+    ],
 )
-def test_drawn_data_that_are_none(source):
-    with pytest.raises(InputError, match=f"'{source}': write drawn, drawn:N"):
+def test_synthetic_data_that_are_none(source):
+    with pytest.raises(InputError, match=f"'{source}': write synthetic, synthetic:N"):
         prepare(source)
 
 
-@pytest.mark.parametrize("source", ["drawn:9", "auto"])
-def test_drawn_data_have_no_revision(source):
-    with pytest.raises(InputError, match=f"revision 'abc' is for hub ids, and {source} is none"):
+@pytest.mark.parametrize("source", ["synthetic:9", "auto"])
+def test_synthetic_data_have_no_revision(source):
+    with pytest.raises(InputError, match=f"--revision abc: only hub ids have revisions, and {source} is not one"):
         prepare(source, revision="abc")
 
 
-def test_auto_without_the_hub_draws_and_says_so(monkeypatch, capsys):
+def test_auto_without_the_hub_renders_butterflies_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(data, "_hub_answers", lambda: False)
-    monkeypatch.setattr(data, "DRAWN_COUNT", 30)
+    monkeypatch.setattr(butterflies, "COUNT", 30)
     dataset = data.prepare("auto", 16)
-    assert dataset.source == "drawn:30"
+    assert dataset.source == "synthetic:30"
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("data: DRAWN BUTTERFLIES (--data auto), because 'huggan/smithsonian_butterflies_subset'")
+    assert first.startswith(
+        "data: SYNTHETIC BUTTERFLIES (--data auto), because 'huggan/smithsonian_butterflies_subset'"
+    )
 
 
 def test_auto_takes_the_smithsonian_where_hub_or_cache_has_it(monkeypatch, capsys):
@@ -1060,5 +1122,5 @@ def test_shapes_are_the_same_for_the_same_seed(tmp_path):
 
 
 if __name__ == "__main__":
-    drawn = data.grid(specimens(range(len(data.FAMILIES)), 32))
-    data.write_png(PINNED, drawn, {"version": str(data.DRAWN_VERSION)})
+    drawn = data.grid(specimens(range(len(butterflies.FAMILIES)), 32))
+    data.write_png(PINNED, drawn, {"version": str(butterflies.VERSION)})

@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 import ddpm
 import unet
 from ddpm import Schedule
+from tests.conftest import denoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy's word on diffusers
 
@@ -230,6 +231,13 @@ def test_keys_that_mean_nothing_without_thresholding_are_let_through():
 # ---- training ----------------------------------------------------------------------------------------------
 
 
+def test_alpha_bar_of_an_unknown_schedule_is_refused(monkeypatch):
+    """A name that is listed but not written out must not get another schedule's numbers."""
+    monkeypatch.setattr(ddpm, "BETA_SCHEDULES", (*ddpm.BETA_SCHEDULES, "laplace"))
+    with pytest.raises(ValueError, match="'laplace' is not implemented"):
+        Schedule(beta_schedule="laplace")
+
+
 @pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
 def test_noisy_images_and_targets_are_those_of_diffusers(prediction):
     schedule = Schedule(prediction_type=prediction)
@@ -305,11 +313,11 @@ def test_uniform_timesteps_are_exact():
     cdf = ddpm.timestep_cdf(Schedule(8))
     assert cdf.tolist() == [i / 8 for i in range(1, 9)]
     u = torch.arange(64, dtype=f64) / 64
-    assert torch.equal(ddpm.draw_timesteps(cdf, u), torch.arange(64) // 8)
+    assert torch.equal(ddpm.choose_timesteps(cdf, u), torch.arange(64) // 8)
     ends = torch.tensor([0.0, 1 - 2**-24, 0.125])
-    assert ddpm.draw_timesteps(cdf, ends).tolist() == [0, 7, 1]
+    assert ddpm.choose_timesteps(cdf, ends).tolist() == [0, 7, 1]
     cdf = ddpm.timestep_cdf(Schedule(1000))
-    assert ddpm.draw_timesteps(cdf, torch.tensor([0.0, 1 - 2**-53], dtype=f64)).tolist() == [0, 999]
+    assert ddpm.choose_timesteps(cdf, torch.tensor([0.0, 1 - 2**-53], dtype=f64)).tolist() == [0, 999]
     with pytest.raises(ValueError, match="cubic"):
         ddpm.timestep_cdf(Schedule(), "cubic")
 
@@ -326,9 +334,9 @@ def test_lognormal_timesteps_have_the_noise_levels_asked_for(mean, std):
     assert float((p * (log_noise - found) ** 2).sum().sqrt()) == pytest.approx(std, abs=1e-4)
     below = float(p[log_noise < mean - std].sum())
     assert below == pytest.approx(0.5 * math.erfc(1 / math.sqrt(2)), abs=5e-3)
-    drawn = ddpm.draw_timesteps(cdf, torch.rand(50_000, generator=torch.Generator().manual_seed(0)))
+    drawn = ddpm.choose_timesteps(cdf, torch.rand(50_000, generator=torch.Generator().manual_seed(0)))
     assert float(log_noise[drawn].mean()) == pytest.approx(mean, abs=0.02)
-    ends = ddpm.draw_timesteps(cdf, torch.tensor([0.0, 1 - 2**-53], dtype=f64))
+    ends = ddpm.choose_timesteps(cdf, torch.tensor([0.0, 1 - 2**-53], dtype=f64))
     assert ends[0] < ends[1] < 4000
 
 
@@ -406,7 +414,7 @@ def test_ddpm_steps_are_those_of_diffusers(variance, spacing, prediction, exact)
         x = randn(2, *SHAPE)
         outputs = [randn(2, *SHAPE, seed=10 + i) for i in range(steps)]
         noises = [randn(2, *SHAPE, seed=100 + i) * (i < steps - 1) for i in range(steps)]
-        table = ddpm.plan(schedule, "ddpm", steps)
+        table = ddpm.sampler_table(schedule, "ddpm", steps)
         assert (matrices(table)[:-1, 0, ddpm.NOISE] > 0).all() and matrices(table)[-1, 0, ddpm.NOISE] == 0
         states = run(table, x, outputs, noises)
         with float64_diffusers("DDPM", exact) as module:
@@ -425,7 +433,7 @@ def test_ddpm_ends_without_noise_where_diffusers_adds_some():
         scheduler = peer(module, "DDPM", schedule, 10)
         with patch.object(module, "randn_tensor", lambda *args, **kw: noise):
             theirs = scheduler.step(output, scheduler.timesteps[-1], x)
-    row = ddpm.plan(schedule, "ddpm", 10)[-1:]
+    row = ddpm.sampler_table(schedule, "ddpm", 10)[-1:]
     ours, x0 = ddpm.step(ddpm.initial_state(x), output, row, noise)
     assert int(row[0, 0]) == 99 and error(ours[:, 0], theirs.pred_original_sample) < EXACT
     assert torch.equal(ours[:, 0], x0)
@@ -445,7 +453,7 @@ def test_ddim_steps_are_those_of_diffusers(eta, prediction, clip, exact):
         x = randn(2, *SHAPE)
         outputs = [randn(2, *SHAPE, seed=10 + i) for i in range(steps)]
         noises = [randn(2, *SHAPE, seed=100 + i) for i in range(steps)]
-        table = ddpm.plan(schedule, "ddim", steps, "leading", eta)
+        table = ddpm.sampler_table(schedule, "ddim", steps, "leading", eta)
         states = run(table, x, outputs, noises)
         with float64_diffusers("DDIM", exact) as module:
             scheduler = peer(module, "DDIM", schedule, steps)
@@ -589,10 +597,10 @@ def test_every_sampler_lands_on_a_training_image(sampler, prediction, clip, zero
         timestep_spacing="trailing",
     )
     name, eta = ("ddim", 0.5) if " " in sampler else (sampler, 0.0)
-    table = ddpm.plan(schedule, name, 100 if name == "ddpm" else None, eta=eta)
+    table = ddpm.sampler_table(schedule, name, 100 if name == "ddpm" else None, eta=eta)
     assert table[:, : ddpm.CLIP].isfinite().all() and table[:, ddpm.MATRIX :].isfinite().all()
     assert int(table[0, 0]) == 999
-    images = ddpm.draw(oracle(schedule), table, noise_from(generators(12), DATA.shape[1:]))
+    images = denoise(oracle(schedule), table, noise_from(generators(12), DATA.shape[1:]))
     distance = (images[:, None] - DATA[None]).abs().amax(dim=(2, 3, 4))
     assert images.dtype == torch.float32
     # Trailing timesteps end at t = 9, whose noise still leaves the oracle sure of its image.
@@ -606,7 +614,7 @@ def test_ancestral_sampling_draws_each_training_image_as_often_as_it_occurs():
     schedule = Schedule(100, beta_end=0.2)
     state = ddpm.initial_state(randn(4000, 1, 1, 1))
     network = oracle(schedule, data)
-    for i, row in enumerate(ddpm.plan(schedule, "ddpm")):
+    for i, row in enumerate(ddpm.sampler_table(schedule, "ddpm")):
         t = torch.full((4000,), int(row[0]))
         rows = row.expand(4000, -1)
         state, _ = ddpm.step(state, network(state[:, 0], t), rows, randn(4000, 1, 1, 1, seed=1 + i))
@@ -718,7 +726,7 @@ def test_slots_at_first_middle_and_last_steps_are_their_solo_runs_to_the_bit():
     schedule = Schedule()
     slots = []
     for i, (sampler, steps, spacing, eta) in enumerate(JOBS):
-        history = solo(ddpm.plan(schedule, sampler, steps, spacing, eta), i)
+        history = solo(ddpm.sampler_table(schedule, sampler, steps, spacing, eta), i)
         slots += [history[k] for k in sorted({0, steps // 2, steps - 1})]
     assert len(slots) >= 20
     for order in (range(len(slots)), reversed(range(len(slots)))):
@@ -736,7 +744,7 @@ def test_slots_at_first_middle_and_last_steps_are_their_solo_runs_to_the_bit():
 def test_images_that_come_and_go_are_their_solo_runs_to_the_bit():
     """A batch that an image joins when it likes and leaves after its last step, as a server has it."""
     schedule = Schedule()
-    tables = [ddpm.plan(schedule, *job) for job in JOBS]
+    tables = [ddpm.sampler_table(schedule, *job) for job in JOBS]
     waiting = [(3 * i % 7, i) for i in range(len(JOBS))]  # (tick of arrival, job)
     active, finished, tick = [], {}, 0
     while waiting or active:
@@ -760,19 +768,19 @@ def test_images_that_come_and_go_are_their_solo_runs_to_the_bit():
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_an_image_depends_on_its_own_generator_alone(job):
-    table = ddpm.plan(Schedule(), *job)
-    together = ddpm.draw(elementwise, table, noise_from(generators(5), ODD))
-    backwards = ddpm.draw(elementwise, table, noise_from(generators(5)[::-1], ODD))
+    table = ddpm.sampler_table(Schedule(), *job)
+    together = denoise(elementwise, table, noise_from(generators(5), ODD))
+    backwards = denoise(elementwise, table, noise_from(generators(5)[::-1], ODD))
     assert torch.equal(backwards.flip(0), together)
     for i in range(5):
-        assert torch.equal(ddpm.draw(elementwise, table, noise_from(generators(1, i), ODD))[0], together[i])
+        assert torch.equal(denoise(elementwise, table, noise_from(generators(1, i), ODD))[0], together[i])
     assert len({float(image.sum()) for image in together}) == 5
 
 
 def test_a_deterministic_sampler_takes_nothing_but_x_from_a_generator():
     for sampler in ("ddim", "dpm++", "unipc", "ipndm"):
         generator = generators(1)
-        ddpm.draw(elementwise, ddpm.plan(Schedule(), sampler, 4), noise_from(generator, ODD))
+        denoise(elementwise, ddpm.sampler_table(Schedule(), sampler, 4), noise_from(generator, ODD))
         fresh = generators(1)
         ddpm.normal(fresh, ODD)
         assert torch.equal(generator[0].get_state(), fresh[0].get_state()), sampler
@@ -781,7 +789,7 @@ def test_a_deterministic_sampler_takes_nothing_but_x_from_a_generator():
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_terms_that_are_not_used_may_be_anything(sampler):
     """Never infinity or NaN times zero: a memory that was never written, noise that is not wanted."""
-    table = ddpm.plan(Schedule(), sampler, 6)
+    table = ddpm.sampler_table(Schedule(), sampler, 6)
     x, nan = randn(2, *SHAPE), torch.full((2, *SHAPE), math.nan)
     output = randn(2, *SHAPE, seed=1)
     for i in (0, 3, 5):
@@ -798,11 +806,11 @@ def test_terms_that_are_not_used_may_be_anything(sampler):
 
 def test_clipping_bounds_the_estimate_of_x0_alone():
     schedule = Schedule(clip_sample_range=0.5)
-    table = ddpm.plan(schedule, "ddim", 5)
+    table = ddpm.sampler_table(schedule, "ddim", 5)
     x = 3 * randn(2, *SHAPE)
     state, x0 = ddpm.step(ddpm.initial_state(x), 0 * x, table[0].expand(2, -1))
     assert float(x0.abs().max()) == 0.5 and float(state[:, 0].abs().max()) > 0.5
-    free = ddpm.plan(replace(schedule, clip_sample=False), "ddim", 5)
+    free = ddpm.sampler_table(replace(schedule, clip_sample=False), "ddim", 5)
     _, x0 = ddpm.step(ddpm.initial_state(x), 0 * x, free[0].expand(2, -1))
     assert error(x0, x / schedule.alpha[999]) < 1e-12
 
@@ -827,7 +835,7 @@ def test_fifty_steps_are_the_pictures_of_ddpm_pipeline(prediction):
     drawn = pipeline(batch_size=4, generator=generators(4), num_inference_steps=50, output_type="np").images
     expected = (drawn * 255).round().astype("uint8")
     ours = unet.build(unet.UNetConfig.from_dict(dict(network.config)), network.state_dict())
-    images = ddpm.draw(ours, ddpm.plan(schedule, "ddpm", steps=50), noise_from(generators(4), (3, 16, 16)))
+    images = denoise(ours, ddpm.sampler_table(schedule, "ddpm", steps=50), noise_from(generators(4), (3, 16, 16)))
     found = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 20  # pictures, not one colour
     difference = np.abs(found.astype(int) - expected.astype(int))
@@ -839,8 +847,8 @@ def test_progress_is_told_of_each_step_and_one_step_is_enough(sampler):
     schedule = Schedule(prediction_type="sample")
     for steps in (1, 4):
         seen = []
-        table = ddpm.plan(schedule, sampler, steps)
-        images = ddpm.draw(
+        table = ddpm.sampler_table(schedule, sampler, steps)
+        images = denoise(
             elementwise,
             table,
             noise_from(generators(2), ODD),
@@ -850,7 +858,7 @@ def test_progress_is_told_of_each_step_and_one_step_is_enough(sampler):
         assert images.shape == (2, *ODD) and images.isfinite().all()
         assert (images - seen[-1][1]).abs().max() < 1e-6  # the last step ends on its estimate, where alpha_bar is 1
     x = ddpm.normal(generators(2), ODD)
-    once = ddpm.draw(elementwise, ddpm.plan(schedule, sampler, 1, "trailing"), noise_from(generators(2), ODD))
+    once = denoise(elementwise, ddpm.sampler_table(schedule, sampler, 1, "trailing"), noise_from(generators(2), ODD))
     assert (once - elementwise(x, torch.tensor([999, 999]))).abs().max() < 1e-6
 
 
@@ -861,8 +869,8 @@ def test_labels_and_timesteps_reach_the_network():
         seen.append((t.tolist(), labels.tolist()))
         return x
 
-    table = ddpm.plan(Schedule(), "unipc", 3, "trailing")
-    ddpm.draw(network, table, noise_from(generators(2), ODD), labels=torch.tensor([4, 7]))
+    table = ddpm.sampler_table(Schedule(), "unipc", 3, "trailing")
+    denoise(network, table, noise_from(generators(2), ODD), labels=torch.tensor([4, 7]))
     assert seen == [([t, t], [4, 7]) for t in (999, 666, 332)]
 
 
@@ -873,9 +881,9 @@ def test_noise_is_drawn_in_the_layout_of_the_inner_network(p):
     for i, generator in enumerate(generators(3)):
         inner = torch.randn(1, 3 * p * p, 4 // p, 8 // p, generator=generator)
         assert torch.equal(F.pixel_unshuffle(found[i : i + 1], p), inner)
-    table = ddpm.plan(Schedule(), "ddpm", 3)
-    images = ddpm.draw(elementwise, table, noise_from(generators(2), (3, 4, 8), p))
-    inner = ddpm.draw(elementwise, table, noise_from(generators(2), (3 * p * p, 4 // p, 8 // p)))
+    table = ddpm.sampler_table(Schedule(), "ddpm", 3)
+    images = denoise(elementwise, table, noise_from(generators(2), (3, 4, 8), p))
+    inner = denoise(elementwise, table, noise_from(generators(2), (3 * p * p, 4 // p, 8 // p)))
     assert torch.equal(F.pixel_unshuffle(images, p), inner)  # an elementwise network sees no layout
 
 
@@ -884,15 +892,15 @@ def test_noise_is_drawn_in_the_layout_of_the_inner_network(p):
 
 def test_plan_follows_the_schedule_for_ddpm_and_trailing_for_the_others():
     schedule = Schedule(50, timestep_spacing="trailing")
-    assert ddpm.plan(schedule, "ddpm", 7)[:, 0].tolist() == ddpm.timesteps(schedule, 7, "trailing")
-    assert ddpm.plan(schedule, "ddpm")[:, 0].tolist() == list(range(49, -1, -1))
+    assert ddpm.sampler_table(schedule, "ddpm", 7)[:, 0].tolist() == ddpm.timesteps(schedule, 7, "trailing")
+    assert ddpm.sampler_table(schedule, "ddpm")[:, 0].tolist() == list(range(49, -1, -1))
     plain = Schedule(50, timestep_spacing="leading")
-    assert ddpm.plan(plain)[:, 0].tolist() == ddpm.timesteps(plain, ddpm.DEFAULT_STEPS, "trailing")
-    assert len(ddpm.plan(Schedule(5))) == 5
-    assert ddpm.plan(schedule, "ddim", 7, "linspace")[:, 0].tolist() == ddpm.timesteps(schedule, 7, "linspace")
+    assert ddpm.sampler_table(plain)[:, 0].tolist() == ddpm.timesteps(plain, ddpm.DEFAULT_STEPS, "trailing")
+    assert len(ddpm.sampler_table(Schedule(5))) == 5
+    assert ddpm.sampler_table(schedule, "ddim", 7, "linspace")[:, 0].tolist() == ddpm.timesteps(schedule, 7, "linspace")
     times = ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "trailing")
-    assert torch.equal(ddpm.plan(schedule), ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER](schedule, times))
-    assert ddpm.plan(schedule).dtype == f64 and ddpm.plan(schedule).device.type == "cpu"
+    assert torch.equal(ddpm.sampler_table(schedule), ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER](schedule, times))
+    assert ddpm.sampler_table(schedule).dtype == f64 and ddpm.sampler_table(schedule).device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -911,7 +919,7 @@ def test_plan_follows_the_schedule_for_ddpm_and_trailing_for_the_others():
 )
 def test_plan_refuses_what_does_not_exist(options, named):
     with pytest.raises(ValueError, match=named) as caught:
-        ddpm.plan(Schedule(), **options)
+        ddpm.sampler_table(Schedule(), **options)
     assert "\n" not in str(caught.value)
 
 
@@ -946,7 +954,7 @@ def test_part_of_a_schedule_is_its_beginning(options, strength):
     steps = min(8, count)
     for sampler in ddpm.SAMPLERS:  # each ends on a clean image from there as well
         x0 = 0.5 * randn(1, *ODD).clamp(-1, 1)
-        table = ddpm.plan(part, sampler, steps, "trailing")
+        table = ddpm.sampler_table(part, sampler, steps, "trailing")
         first = int(table[0, ddpm.TIMESTEP])
         x = schedule.alpha[first] * x0 + schedule.sigma[first] * randn(1, *ODD, seed=1)
 
@@ -954,7 +962,7 @@ def test_part_of_a_schedule_is_its_beginning(options, strength):
             alpha, sigma = schedule.alpha[t], schedule.sigma[t]
             return (alpha * x - x0) / sigma  # v of this x0, by x = alpha x0 + sigma eps
 
-        images = ddpm.draw(exact, table, lambda: randn(1, *ODD, seed=2), start=lambda _, x=x: x)
+        images = denoise(exact, table, lambda: randn(1, *ODD, seed=2), start=lambda _, x=x: x)
         assert (images - x0).abs().max() < 1e-4, sampler
 
 
@@ -981,13 +989,13 @@ def test_slerp_keeps_ends_length_and_angle():
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_what_is_known_is_kept_whatever_the_network_says(job):
-    table = ddpm.plan(Schedule(), *job)
+    table = ddpm.sampler_table(Schedule(), *job)
     truth = randn(*ODD).clamp(-1, 1).float()
     known = truth.clone()
     known[:, :2] = math.nan
-    images = ddpm.draw(elementwise, table, noise_from(generators(3), ODD), known=known)
+    images = denoise(elementwise, table, noise_from(generators(3), ODD), known=known)
     assert (images[:, :, 2:] - truth[:, 2:]).abs().max() < 1e-5 and images.isfinite().all()
-    free = ddpm.draw(elementwise, table, noise_from(generators(3), ODD))
+    free = denoise(elementwise, table, noise_from(generators(3), ODD))
     assert torch.equal(free[:, :, :2], images[:, :, :2])  # an elementwise network sees no neighbours
-    nothing = ddpm.draw(elementwise, table, noise_from(generators(3), ODD), known=torch.full(ODD, math.nan))
+    nothing = denoise(elementwise, table, noise_from(generators(3), ODD), known=torch.full(ODD, math.nan))
     assert torch.equal(nothing, free)

@@ -1,5 +1,6 @@
 """monitor.py against naive formulas, closed forms, planted copies, and images whose order of quality is known."""
 
+import hashlib
 import json
 import math
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 import data
 import monitor
+from builtin import features
 from tests.conftest import status_of
 from tests.test_sample import make_model
 
@@ -101,38 +103,69 @@ def test_frechet_distance_of_any_gaussians():
     assert monitor.frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
 
 
+def test_frechet_distance_of_flat_gaussians():
+    """Covariances of ranks 3 and 5 in 12 dimensions, whose other eigenvalues are 0 but for rounding."""
+    turn = torch.linalg.qr(normal(12, 12, 0)).Q
+    zero, one = torch.zeros(12, dtype=torch.float64), torch.eye(12, dtype=torch.float64)
+    roots = [torch.tensor([1.0, 2, 3] + [0] * 9).double(), torch.tensor([2.0, 2, 0, 1, 4] + [0] * 7).double()]
+    x, y = (with_moments(40, zero, one, seed) * root @ turn.T + seed for seed, root in enumerate(roots))
+    expected = 12 + float((roots[0] - roots[1]).square().sum())
+    assert monitor.frechet_distance(x, y) == pytest.approx(expected, abs=1e-5)
+    assert monitor.frechet_distance(y, x) == pytest.approx(expected, abs=1e-5)
+    few = normal(4, 12, 2)
+    assert monitor.frechet_distance(few, few + 1) == pytest.approx(12, abs=1e-5)
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """Two sets of drawn butterflies that share none, uint8 (600, 3, 32, 32)."""
-    sets = (monitor.take(data.prepare(f"drawn:1300:{seed}", 32, channels=3)) for seed in (5, 6))
-    return [monitor.some(images, 600).pixels for images in sets]
+def synthetic():
+    """Two sets of synthetic butterflies that share none, uint8 (600, 3, 32, 32)."""
+    sets = (monitor.read_images(f"synthetic:1300:{seed}", (3, 32, 32))[0] for seed in (5, 6))
+    return [monitor.random_subset(images, 600).pixels for images in sets]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The features, worked out once for each batch of images."""
+    network, known = monitor.load_features(), {}
+    forward = network.forward
+
+    def remembered(images):
+        key = images.shape, hashlib.sha256(images.numpy().tobytes()).digest()
+        if key not in known:
+            known[key] = forward(images)
+        return known[key]
+
+    network.forward = remembered
+    return network
 
 
 def test_classes_by_chance():
-    images = monitor.take(data.prepare("drawn:1300:5", 32, channels=3))
-    some = monitor.some(images, 400)
+    images = monitor.read_images("synthetic:1300:5", (3, 32, 32))[0]
+    some = monitor.random_subset(images, 400)
     counts = some.labels.bincount(minlength=15)
     assert len(some.pixels) == len(some.labels) == 400 and len(some.pixels.flatten(1).unique(dim=0)) == 400
     assert 2 < counts.double().var() < 130  # 25 for a multinomial, 0 in turn
     places = torch.cdist(some.pixels.flatten(1).float(), images.pixels.flatten(1).float()).argmin(1)
     assert torch.equal(images.labels[places], some.labels)
-    assert len(monitor.some(images, 900).pixels) == 650  # in the whole set each family is as frequent as the others
+    assert (
+        len(monitor.random_subset(images, 900).pixels) == 650
+    )  # in the whole set each family is as frequent as the others
 
 
 def test_other_images_are_taken_at_random():
     """A folder has its classes one after the other; the first of them are not like all."""
     pixels = torch.arange(600, dtype=torch.uint8).view(600, 1, 1, 1) // 3
     images = monitor.Images("drawn-birds/set", "", pixels, torch.arange(600) // 200, ("a", "b", "c"))
-    some = monitor.some(images, 300)
-    assert len(some.pixels) == 300 and len(monitor.some(images, 900).pixels) == 600
+    some = monitor.random_subset(images, 300)
+    assert len(some.pixels) == 300 and len(monitor.random_subset(images, 900).pixels) == 600
     assert all(60 < count < 140 for count in some.labels.bincount())
 
 
-def test_near_copies_are_found_and_others_are_not(drawn):
-    training, unseen = drawn
+def test_near_copies_are_found_and_others_are_not(synthetic):
+    training, unseen = synthetic
     assert monitor.near_copies(unseen, training).float().mean() <= 0.01
     copies = training[:40]
     noisy = (copies.float() + 3 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
@@ -143,23 +176,23 @@ def test_near_copies_are_found_and_others_are_not(drawn):
     assert monitor.near_copies(mixed, training).tolist() == [False] * 30 + [True] * 10
 
 
-def test_near_copies_of_large_images(drawn):
-    large = [F.interpolate(part.float(), scale_factor=2).byte() for part in drawn]
+def test_near_copies_of_large_images(synthetic):
+    large = [F.interpolate(part.float(), scale_factor=2).byte() for part in synthetic]
     assert monitor.near_copies(torch.cat([large[1][:50], large[0][:50]]), large[0])[50:].all()
-    small = monitor.near_copies(drawn[1], drawn[0])
+    small = monitor.near_copies(synthetic[1], synthetic[0])
     assert monitor.near_copies(large[1], large[0]).equal(small)  # 64 px are compared at 32
 
 
-def test_a_copy_of_an_image_that_was_seen_often_is_one(drawn):
-    training, unseen = drawn
+def test_a_copy_of_an_image_that_was_seen_often_is_one(synthetic):
+    training, unseen = synthetic
     often = torch.cat([training, training[:3].repeat(60, 1, 1, 1)])
     assert (
         monitor.near_copies(torch.cat([training[:3].flip(-1), unseen[:3]]), often).tolist() == [True] * 3 + [False] * 3
     )
 
 
-def test_frechet_distance_needs_more_images_than_features(drawn):
-    network, (images, real) = monitor.load_features(), drawn
+def test_frechet_distance_needs_more_images_than_features(network, synthetic):
+    images, real = synthetic
     few = monitor.quality(network, images, real[:128])
     assert few.fd is None and "FD -" in str(few)
     assert monitor.quality(network, images, real[:129]).fd > 0
@@ -181,8 +214,8 @@ def test_features_are_the_pinned_ones(tmp_path, monkeypatch):
         monitor.load_features()
 
 
-def test_features_see_grey_as_colour_and_no_batch(drawn):
-    network, images = monitor.load_features(), drawn[0][:6]
+def test_features_see_grey_as_colour_and_no_batch(synthetic):
+    network, images = monitor.load_features(), synthetic[0][:6]
     grey = images[:, :1]
     assert torch.allclose(network(grey), network(grey.expand(-1, 3, -1, -1)))
     together = monitor.features_of(network, images)
@@ -190,8 +223,26 @@ def test_features_see_grey_as_colour_and_no_batch(drawn):
     assert torch.allclose(together[3], monitor.features_of(network, images[3:4])[0], atol=1e-4)
 
 
-def test_features_are_scaled_to_drawn_butterflies():
-    images = torch.from_numpy(data.prepare("drawn:300:7", 64, channels=3).images)
+def test_folding_batch_norms_keeps_the_features():
+    """The script that made the extractor: batches as it trains on, and the network that it saves."""
+    torch.manual_seed(0)
+    images = torch.from_numpy(data.prepare("synthetic:30:7", 64, channels=3).images)
+    x, labels, done = features.batch(images, torch.arange(30) % 15, 3)
+    assert x.shape == (features.BATCH, 3, 64, 64) and labels.shape == (features.BATCH,)
+    assert 0.2 < (done > 0).float().mean() < 0.5 and (done > 0).any(0).all()
+    network = features.Trained().train()
+    for _ in range(2):  # norms learn means and variances
+        network(x)
+    h = data.to_float(x)
+    network.eval()
+    for conv, norm in zip(network.inner.convs, network.norms, strict=True):
+        h = F.relu(norm(conv(h)))
+    with torch.no_grad():
+        assert torch.allclose(network.folded()(x), h.mean((2, 3)), atol=1e-4)
+
+
+def test_features_are_scaled_to_synthetic_butterflies():
+    images = torch.from_numpy(data.prepare("synthetic:300:7", 64, channels=3).images)
     features = monitor.features_of(monitor.load_features(), images)
     assert features.mean(0).abs().mean() < 0.1 and (features.std(0) - 1).abs().mean() < 0.15
 
@@ -216,8 +267,8 @@ def damaged(images, how, amount):
     "how,amounts",
     [("blur", (0.6, 1.0, 1.6)), ("noise", (0.15, 0.25, 0.4)), ("cast", (0.08, 0.16, 0.3)), ("blocks", (2, 4, 8))],
 )
-def test_quality_ranks_damage_with_intervals_apart(drawn, how, amounts):
-    network, (images, real) = monitor.load_features(), drawn
+def test_quality_ranks_damage_with_intervals_apart(network, synthetic, how, amounts):
+    images, real = synthetic
     rows = [monitor.quality(network, images, real)]
     rows += [monitor.quality(network, damaged(images, how, amount), real) for amount in amounts]
     assert rows[0].kid_low <= 0 <= rows[0].kid_high  # unseen real ones cannot be told from real ones
@@ -235,11 +286,13 @@ def quality_of(tmp_path, *arguments) -> dict:
 
 
 def test_images_against_images(tmp_path, capsys):
-    found = quality_of(tmp_path, "drawn:60:1", "--real", "drawn:200:2", "--train", "drawn:60:1", "--size", 32, "-n", 40)
+    found = quality_of(
+        tmp_path, "synthetic:60:1", "--real", "synthetic:200:2", "--train", "synthetic:60:1", "--size", 32, "-n", 40
+    )
     assert found["images"]["near_copies"] == 30  # they are the training images
     assert (found["images"]["images"], found["images"]["real"]) == (30, 100)
     shown = capsys.readouterr().out
-    assert "drawn:60:1 against 100 images of drawn:200:2" in shown and "N 30" in shown and "100.0%" in shown
+    assert "synthetic:60:1 against 100 images of synthetic:200:2" in shown and "N 30" in shown and "100.0%" in shown
 
 
 def test_a_run_knows_its_data(trained, tmp_path, shapes):
@@ -252,11 +305,11 @@ def test_a_run_knows_its_data(trained, tmp_path, shapes):
     assert quality_of(tmp_path, trained, "-n", 8, "--seed", 50)["images"] != found["images"]
 
 
-def test_a_run_on_drawn_butterflies_is_compared_with_fresh_ones(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "FRESH", "drawn:60:9")
-    assert fit(tmp_path / "run", "--classes", data="drawn:30", steps=2) == 0
+def test_a_run_on_synthetic_butterflies_is_compared_with_fresh_ones(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "UNSEEN", "synthetic:60:9")
+    assert fit(tmp_path / "run", "--classes", data="synthetic:30", steps=2) == 0
     found = quality_of(tmp_path, tmp_path / "run", "-n", 6)
-    assert (found["real"]["source"], found["training"]["source"]) == ("drawn:60:9", "drawn:30")
+    assert (found["real"]["source"], found["training"]["source"]) == ("synthetic:60:9", "synthetic:30")
     assert found["images"]["real"] == 30 and found["images"]["near_copies"] is not None
 
 
@@ -264,15 +317,15 @@ def test_a_model_folder_needs_real_images(tmp_path, capsys):
     folder = make_model(tmp_path / "m", num_class_embeds=4, class_names=("ant", "bee", "cat"))
     assert monitor.main(["quality", str(folder)]) == 2
     assert "--real" in capsys.readouterr().err
-    found = quality_of(tmp_path, folder, "--real", "drawn:20", "-n", 6)
+    found = quality_of(tmp_path, folder, "--real", "synthetic:20", "-n", 6)
     assert found["images"]["near_copies"] is None and found["training"] is None
 
 
 def test_the_model_in_the_box_is_compared_with_fresh_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(monitor, "FRESH", "drawn:60:9")
-    monkeypatch.setattr(monitor.sample, "BOX", make_model(tmp_path / "box"))
-    assert quality_of(tmp_path, "-n", 6)["real"]["source"] == "drawn:60:9"
+    monkeypatch.setattr(monitor, "UNSEEN", "synthetic:60:9")
+    monkeypatch.setattr(monitor.sample, "DEFAULT_MODEL", make_model(tmp_path / "box"))
+    assert quality_of(tmp_path, "-n", 6)["real"]["source"] == "synthetic:60:9"
 
 
 def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch):
@@ -286,21 +339,21 @@ def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch
     monkeypatch.setattr(monitor.sample, "draw", draw)
     model = monitor.sample.load(folder)
     real = monitor.Images("", "", torch.zeros(4, 3, 16, 16), torch.tensor([0, 0, 0, 1]), ("circle", "square"))
-    monitor.draw(model, 0, 400, real)
+    monitor.sample_like(model, 0, 400, real)
     assert len(labels) == 400 and 260 < labels.count(0) < 340 and labels.count(1) == 400 - labels.count(0)
     labels.clear()
-    monitor.draw(model, 0, 400, monitor.Images("", "", real.pixels, None, ()))
+    monitor.sample_like(model, 0, 400, monitor.Images("", "", real.pixels, None, ()))
     assert 160 < labels.count(0) < 240 and labels.count(1) == 400 - labels.count(0)  # never "no class"
 
 
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["nowhere"], "no folder"),
-        (["drawn:20:1"], "--real"),
-        (["drawn:20:1", "--real", "nowhere"], "nowhere"),
-        (["drawn:20:1", "--real", "drawn:20:1", "-n", "2"], "from 3"),
-        (["drawn:4:1", "--real", "drawn:20:1"], "at least 3 images"),
+        (["nowhere"], "neither a folder"),
+        (["synthetic:20:1"], "--real"),
+        (["synthetic:20:1", "--real", "nowhere"], "nowhere"),
+        (["synthetic:20:1", "--real", "synthetic:20:1", "-n", "2"], "from 3"),
+        (["synthetic:4:1", "--real", "synthetic:20:1"], "at least 3 images"),
     ],
 )
 def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch, tmp_path):
@@ -324,12 +377,12 @@ def test_a_run_whose_data_changed(trained, tmp_path, capsys):
     config["data"]["fingerprint"] = "0"
     (run / "config.json").write_text(json.dumps(config))
     assert monitor.main(["quality", str(run)]) == 2
-    assert "no longer those of" in capsys.readouterr().err
+    assert "is not what it was for" in capsys.readouterr().err
 
 
 def test_size_is_a_models_own(trained, capsys):
     assert monitor.main(["quality", str(trained), "--size", "64"]) == 2
-    assert "as they are" in capsys.readouterr().err
+    assert "at their own size" in capsys.readouterr().err
 
 
 def test_pictures_of_any_size_are_read(tmp_path):
@@ -337,4 +390,4 @@ def test_pictures_of_any_size_are_read(tmp_path):
     folder.mkdir()
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40 + i, 50, 3), np.uint8)).save(folder / f"{i}.png")
-    assert quality_of(tmp_path, folder, "--real", "drawn:60")["images"]["images"] == 6
+    assert quality_of(tmp_path, folder, "--real", "synthetic:60")["images"]["images"] == 6

@@ -21,8 +21,12 @@ import data
 import ddpm
 import monitor
 import sample
+import server
+import train
 import unet
-from tests.conftest import png_text, randomise, status_of
+from builtin import export
+from tests import lines
+from tests.conftest import denoise, png_text, randomise, status_of
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
@@ -84,8 +88,8 @@ def test_diffusers_opens_ours_and_draws_the_same(tmp_path, spacing, variance, pr
     assert dict(pipeline.scheduler.config)["timestep_spacing"] == spacing
     ours = sample.load(path)
     for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(tensor, sample.load(path, fuse=False).network.state_dict()[name])
-    drawn = sample.draw(ours, [5, 6, 7], ddpm.plan(ours.schedule, "ddpm", 10), batch_size=2)
+        assert torch.equal(tensor, sample.read_model(path).network.state_dict()[name])
+    drawn = sample.draw(ours, [5, 6, 7], ddpm.sampler_table(ours.schedule, "ddpm", 10), batch_size=2)
     assert_close(drawn, pipeline_uint8(pipeline, [5, 6, 7], 10))
 
 
@@ -106,7 +110,7 @@ def test_ours_opens_what_diffusers_writes(tmp_path, layout):
     with torch.no_grad():
         expected = peer(x, t).sample
         assert (ours.network(x, t) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    drawn = sample.draw(ours, [1, 2], ddpm.plan(ours.schedule, "ddpm", 8))
+    drawn = sample.draw(ours, [1, 2], ddpm.sampler_table(ours.schedule, "ddpm", 8))
     assert_close(drawn, pipeline_uint8(pipeline, [1, 2], 8))
 
 
@@ -116,7 +120,7 @@ def test_patches_are_pixels_of_the_inner_network(tmp_path):
     inner = DDPMPipeline(UNet2DModel.from_pretrained(path / "unet"), DDPMScheduler.from_pretrained(path / "scheduler"))
     ours = sample.load(path)
     assert ours.shape == (3, 16, 16)
-    drawn = sample.draw(ours, [3, 4], ddpm.plan(ours.schedule, "ddpm", 6))
+    drawn = sample.draw(ours, [3, 4], ddpm.sampler_table(ours.schedule, "ddpm", 6))
     theirs = torch.nn.functional.pixel_shuffle(torch.from_numpy(pipeline_uint8(inner, [3, 4], 6)).float(), 2)
     assert_close(drawn, theirs)
 
@@ -160,15 +164,15 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (lambda m: (m / "scheduler/scheduler_config.json").unlink(), "it has no scheduler configuration"),
         (lambda m: (m / WEIGHTS).unlink(), "has no weights"),
         (lambda m: (m / "unet/config.json").write_text("{"), "it is not JSON"),
-        (lambda m: (m / "unet/config.json").write_text("[]"), "something else than a JSON object"),
+        (lambda m: (m / "unet/config.json").write_text("[]"), "does not hold a JSON object"),
         (lambda m: (m / "unet/config.json").write_bytes(b"\xff"), "it is not JSON"),
         (
             lambda m: edit(m / "unet/config.json", down_block_types=["DownBlock2D", "SkipDownBlock2D"]),
             "SkipDownBlock2D",
         ),
         (lambda m: edit(m / "unet/config.json", resnet_pre_temb_non_linearity=True), "resnet_pre_temb_non_linearity"),
-        (lambda m: edit(m / "unet/config.json", sample_size=None), "sample_size must be there"),
-        (lambda m: edit(m / "unet/config.json", sample_size=15), "divide by 2"),
+        (lambda m: edit(m / "unet/config.json", sample_size=None), "sample_size must be given"),
+        (lambda m: edit(m / "unet/config.json", sample_size=15), "be a multiple of 2 in pixels"),
         (lambda m: edit(m / "unet/config.json", block_out_channels=[16, 64]), "shape"),
         (lambda m: edit(m / "unet/config.json", add_attention=False), "unexpected tensor"),
         (lambda m: edit(m / "scheduler/scheduler_config.json", _class_name="PNDMScheduler"), "PNDMScheduler"),
@@ -217,7 +221,7 @@ SAMPLERS = [("ipndm", 6, 0.0), ("unipc", 6, 0.0), ("dpm++", 6, 0.0), ("ddim", 6,
 
 @pytest.mark.parametrize("sampler, steps, eta", SAMPLERS)
 def test_image_depends_on_its_seed_alone(model, sampler, steps, eta):
-    table = ddpm.plan(model.schedule, sampler, steps, eta=eta)
+    table = ddpm.sampler_table(model.schedule, sampler, steps, eta=eta)
     alone = torch.cat([sample.draw(model, [seed], table) for seed in range(40, 47)])
     assert alone.float().std() > 20 and (alone[0] != alone[1]).float().mean() > 0.5
     for size in (2, 3, 8):
@@ -231,7 +235,7 @@ def test_image_depends_on_its_seed_alone(model, sampler, steps, eta):
 @pytest.mark.parametrize("sampler, steps, eta", SAMPLERS)
 def test_exact_is_equal_to_the_bit(folder, precision, sampler, steps, eta):
     model = sample.load(folder, precision=precision)
-    table = ddpm.plan(model.schedule, sampler, steps, eta=eta)
+    table = ddpm.sampler_table(model.schedule, sampler, steps, eta=eta)
     nine = sample.draw(model, range(9), table, exact=True)
     for seeds in ([0], [3, 2], [8, 1, 4, 5, 0, 7]):
         assert torch.equal(sample.draw(model, seeds, table, exact=True), nine[seeds])
@@ -241,21 +245,21 @@ def test_bf16_differs_between_batch_sizes_by_little(folder):
     """Measured, on an AMD EPYC with AVX512-BF16: 1 and 1. Other kernels round otherwise, so the bound is generous."""
     model = sample.load(folder, precision="bf16")
     differences = []
-    for sampler, steps in (("ipndm", 10), ("unipc", 20), ("ddpm", 12)):
-        table = ddpm.plan(model.schedule, sampler, steps)
-        sets = [sample.draw(model, range(16), table, batch_size=size).int() for size in (1, 3, 8)]
+    for sampler, steps in (("ipndm", 8), ("unipc", 8), ("ddpm", 8)):
+        table = ddpm.sampler_table(model.schedule, sampler, steps)
+        sets = [sample.draw(model, range(8), table, batch_size=size).int() for size in (1, 3, 8)]
         differences += [(sets[0] - other).abs().flatten().float() for other in sets[1:]]
     differences = torch.cat(differences)
     print("bf16 largest", differences.max(), "99.9th percentile", differences.quantile(0.999))
     assert differences.quantile(0.999) <= 4 and differences.max() <= 24
 
 
-def test_bf16_images_of_the_box_are_near_float32s():
-    """Eight of its images as sample.py draws them, packed convolutions and all: near the plain path's."""
+def test_bf16_images_of_the_default_model_are_near_float32s():
+    """Four of its images as sample.py draws them, packed convolutions and all: near the plain path's."""
     sets = []
     for precision in ("fp32", "bf16"):
-        model = sample.load(sample.BOX, precision=precision, fuse=precision == "bf16")
-        sets.append(sample.draw(model, range(8), ddpm.plan(model.schedule), range(8)).float())
+        model = sample.load(sample.DEFAULT_MODEL, precision=precision, packed=precision == "bf16")
+        sets.append(sample.draw(model, range(4), ddpm.sampler_table(model.schedule), range(4)).float())
     difference = (sets[0] - sets[1]).abs()
     print("bf16 against fp32: RMS", difference.square().mean().sqrt(), "largest", difference.max())
     assert difference.square().mean().sqrt() <= 1.5 and difference.quantile(0.999) <= 16
@@ -302,7 +306,7 @@ def test_other_devices_draw_what_the_cpu_draws(folder, device):
     sets = []
     for place in ("cpu", device):
         model = sample.load(folder, place)
-        sets.append(sample.draw(model, range(4), ddpm.plan(model.schedule, steps=10)).int())
+        sets.append(sample.draw(model, range(4), ddpm.sampler_table(model.schedule, steps=10)).int())
     assert (sets[0] - sets[1]).abs().max() <= 2
 
 
@@ -326,7 +330,7 @@ def test_grid_and_its_text(tmp_path, capsys, folder, model, n):
     text = png_text(out)
     assert (text["seed"], text["steps"], text["sampler"], text["model"]) == ("7", "3", ddpm.DEFAULT_SAMPLER, model.hash)
     used = sample.load(folder, precision=text["precision"])
-    expected = sample.draw(used, range(7, 7 + n), ddpm.plan(model.schedule, steps=3))
+    expected = sample.draw(used, range(7, 7 + n), ddpm.sampler_table(model.schedule, steps=3))
     for cell, image in zip(cells(out, n), expected, strict=True):
         assert np.array_equal(cell, image.permute(1, 2, 0))
 
@@ -343,17 +347,20 @@ def test_each_file_is_named_by_its_seed(tmp_path, folder):
 
 def test_newest_run_is_the_default(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "BOX", tmp_path / "box")
+    monkeypatch.setattr(sample, "DEFAULT_MODEL", tmp_path / "box")
     assert sample.main([]) == 2
     assert "train one with `python train.py" in capsys.readouterr().err and not list(tmp_path.iterdir())
     shutil.copytree(folder, tmp_path / "box")
-    assert sample.newest_run() == tmp_path / "box"  # the model in the box, until there is a run
+    path, which = sample.find_model(None)
+    assert path == tmp_path / "box" and which.startswith("the default model (runs/ has no run yet")
     for name, age in (("old", 200), ("new", 100), ("middle", 150)):
         shutil.copytree(folder, tmp_path / "runs" / name / "model")
         moment = (tmp_path / "runs" / name / "model" / WEIGHTS).stat().st_mtime - age
         os.utime(tmp_path / "runs" / name / "model" / WEIGHTS, (moment, moment))
     assert sample.main(["-n", "2", "--steps", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith(f"{Path('runs/new')}:") and Path("samples.png").exists()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{Path('runs/new')} (the newest run; --model names another): ")
+    assert Path("samples.png").exists()
 
 
 def test_classes_by_name_and_number(tmp_path, capsys, folder):
@@ -366,7 +373,7 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
     photo = tmp_path / "photo.png"
     data.write_png(photo, Image.new("RGB", (16, 16), "red"))
     for flags, sentence in ((["--class", "dog"], "it has ant, bee, cat"), (["--class", "3"], "no such class"),
-                            (["--from", str(photo)], "say with --class which one the picture is of")):  # fmt: skip
+                            (["--from", str(photo)], "name the one of the picture with --class")):  # fmt: skip
         assert sample.main(["--model", path, *flags]) == 2 and sentence in capsys.readouterr().err
     assert sample.main(["--model", str(folder), "--class", "bee"]) == 2
     assert "trained without classes" in capsys.readouterr().err
@@ -379,9 +386,9 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
         (["--steps", "1001"], "steps must be from 1 to 1000"),
         (["--steps", "1.5"], "'1.5' is not a whole number"),
         (["--sampler", "heun"], "invalid choice: 'heun'"),
-        (["--eta", "2", "--sampler", "ddim"], "eta must be from 0 to 1"),
-        (["--eta", "0.5"], "goes with the sampler ddim"),
-        (["--eta", "nan", "--sampler", "ddim"], "eta must be from 0 to 1"),
+        (["--eta", "2", "--sampler", "ddim"], "is not a number from 0 to 1"),
+        (["--eta", "0.5"], "needs the sampler ddim"),
+        (["--eta", "nan", "--sampler", "ddim"], "is not a number from 0 to 1"),
         (["-n", "0"], "'0' is not a whole number from 1"),
         (["--seed", "-1"], "'-1' is not a whole number"),
         (["--seed", "9" * 5000], "is not a whole number"),
@@ -409,7 +416,7 @@ def test_interrupted(tmp_path, monkeypatch, capsys, folder):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ddpm, "draw", interrupt)
+    monkeypatch.setattr(ddpm, "step", interrupt)
     assert sample.main(["--model", str(folder), "--out", str(tmp_path / "x.png")]) == 130
     assert not list(tmp_path.iterdir())
 
@@ -419,7 +426,7 @@ def test_interrupted(tmp_path, monkeypatch, capsys, folder):
 MAY_IMPORT = {
     "ddpm": set(),
     "unet": set(),
-    "data": {"numpy", "PIL", "tqdm", "datasets", "torchvision"},
+    "data": {"builtin", "numpy", "PIL", "tqdm", "datasets", "torchvision"},
     "sample": {"ddpm", "unet", "data", "tqdm"},
     "monitor": {"ddpm", "unet", "data", "sample", "tqdm"},
     "train": {"ddpm", "unet", "data", "sample", "monitor", "numpy", "PIL", "tqdm"},
@@ -440,6 +447,31 @@ def test_who_may_import_whom(module):
     tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
     assert tops <= MAY_IMPORT[module] | {"torch"}
     assert ("distributed" in source) == (module == "train")
+
+
+def test_modules_stay_short():
+    """The limits of the design: a reader pays for every token."""
+    sizes = {name: lines.measure((ROOT / name).read_text(encoding="utf-8")) for name in lines.MODULES}
+    assert max(size.tokens for size in sizes.values()) <= 9000
+    assert sum(size.tokens for size in sizes.values()) <= 50_000
+    assert not any(size.unformatted for size in sizes.values())
+    assert all(size.longest <= 60 for size in sizes.values())
+
+
+def test_an_f_string_is_one_token():
+    source = 'def f(x):\n    """Doc."""\n    return f"{x} and {x!r:>{3}}" if x else ""  # why\n'
+    size = lines.measure(source)
+    assert (size.lines, size.tokens, size.conditionals, size.longest, size.longest_name) == (2, 12, 1, 2, "f")
+
+
+@pytest.mark.parametrize("module", [data, sample, train, server, monitor])
+def test_help_ends_with_examples_and_a_bad_flag_gets_one_sentence(module, capsys):
+    assert status_of(module.main, ["--help"]) == 0
+    examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert len(examples) == 3 and all(f"{module.__name__}.py" in line for line in examples)
+    assert status_of(module.main, ["--sedd", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith(f"{module.__name__}.py --help lists the flags")
 
 
 def test_start_up_pays_for_no_data_library():
@@ -486,12 +518,12 @@ def test_no_permission(monkeypatch, capsys, folder, file):
     for module in (builtins, io):
         monkeypatch.setattr(module, "open", functools.partial(guarded, real=open))
     assert sample.main(["--model", str(folder)]) == 2
-    assert capsys.readouterr().err == f"error: {folder / file} cannot be read: Permission denied\n"
+    assert capsys.readouterr().err == f"error: cannot read {folder / file}: Permission denied; check its permissions\n"
 
 
 def test_neighbours_of_other_classes_do_not_matter(tmp_path):
     model = sample.load(make_model(tmp_path / "m", num_class_embeds=4))
-    table = ddpm.plan(model.schedule, steps=5)
+    table = ddpm.sampler_table(model.schedule, steps=5)
     labels = [3, 0, 2, 1, 3]
     alone = torch.cat([sample.draw(model, [i], table, [label]) for i, label in enumerate(labels)])
     other = sample.draw(model, [0], table, [1])
@@ -512,7 +544,7 @@ def test_seeds_count_on(tmp_path, folder):
 
 def test_progress_counts_every_image_and_step(model):
     counts = []
-    table = ddpm.plan(model.schedule, steps=3)
+    table = ddpm.sampler_table(model.schedule, steps=3)
     sample.draw(model, range(5), table, batch_size=2, progress=lambda i, x: counts.append((i, len(x))))
     assert counts == [(0, 2), (1, 2), (2, 2), (0, 2), (1, 2), (2, 2), (0, 1), (1, 1), (2, 1)]
 
@@ -527,7 +559,7 @@ def test_memory_that_is_full(monkeypatch, capsys, tmp_path, folder):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ddpm, "draw", full)
+    monkeypatch.setattr(ddpm, "step", full)
     assert sample.main(["--model", str(folder), "--out", str(tmp_path / "x.png")]) == 2
     assert "smaller --batch-size" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -570,7 +602,7 @@ def picture_of(folder: Path, path: Path, seed: int = 3) -> np.ndarray:
 def test_guidance_is_the_formula_of_two_draws_of_one_call(by_class):
     """Against two calls of the network at each step, in a loop of this test's own."""
     model = sample.load(by_class)
-    table = ddpm.plan(model.schedule, steps=5)
+    table = ddpm.sampler_table(model.schedule, steps=5)
     for guidance in (0.0, 0.5, 1.0, 3.0):
 
         def composed(x, t, labels, guidance=guidance):
@@ -579,7 +611,7 @@ def test_guidance_is_the_formula_of_two_draws_of_one_call(by_class):
             return guidance * with_class + (1 - guidance) * without
 
         noise = [ddpm.normal([sample.image_generator(seed)], model.shape) for seed in (5, 6)]
-        expected = ddpm.draw(composed, table, lambda noise=noise: torch.cat(noise), labels=torch.tensor([2, 0]))
+        expected = denoise(composed, table, lambda noise=noise: torch.cat(noise), labels=torch.tensor([2, 0]))
         found = sample.draw(model, [5, 6], table, [2, 0], guidance=guidance)
         assert (found.int() - data.to_uint8(expected).int()).abs().max() <= 1, guidance
 
@@ -589,14 +621,14 @@ def test_guidance_costs_one_call_a_step(by_class, monkeypatch):
     sizes = []
     real = model.network.forward
     monkeypatch.setattr(model.network, "forward", lambda x, *rest: sizes.append(len(x)) or real(x, *rest))
-    sample.draw(model, [1, 2, 3], ddpm.plan(model.schedule, steps=4), [0, 1, 2], guidance=2.0)
+    sample.draw(model, [1, 2, 3], ddpm.sampler_table(model.schedule, steps=4), [0, 1, 2], guidance=2.0)
     assert sizes == [6] * 4
 
 
 def test_guidance_of_one_and_of_zero(by_class, tmp_path):
     plain = drawn(by_class, tmp_path, "--class", "bee")
     model = sample.load(by_class)
-    free = sample.draw(model, range(2), ddpm.plan(model.schedule, steps=4), [3, 3])
+    free = sample.draw(model, range(2), ddpm.sampler_table(model.schedule, steps=4), [3, 3])
     free = list(free.numpy().transpose(0, 2, 3, 1))
     assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "1"), plain)
     assert np.array_equal(drawn(by_class, tmp_path, "--class", "bee", "--guidance", "0"), free)
@@ -618,7 +650,7 @@ def test_without_a_class_they_come_in_turn_by_seed(by_class, tmp_path):
 
 def test_guided_images_do_not_depend_on_the_batch(by_class):
     model = sample.load(by_class)
-    table, labels = ddpm.plan(model.schedule, steps=5), [0, 1, 2, 1, 0]
+    table, labels = ddpm.sampler_table(model.schedule, steps=5), [0, 1, 2, 1, 0]
     whole = sample.draw(model, range(5), table, labels, guidance=3.0)
     parts = sample.draw(model, range(5), table, labels, guidance=3.0, batch_size=2)
     assert (whole.int() - parts.int()).abs().max() <= 1
@@ -749,17 +781,20 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
         (["--class", "dog"], "--class 'dog': this model has no such class; it has ant, bee, cat"),
         (["--class", "ant,3"], "--class '3': this model has no such class"),
         (["--class", "ant,"], "--class '': this model has no such class"),
-        (["--guidance", "2", "--from", "photo.png"], "--guidance is towards a class; say with --class which one"),
+        (
+            ["--guidance", "2", "--from", "photo.png"],
+            "--guidance 2 needs a class; name the one of the picture with --class",
+        ),
         (["--guidance", "-1", "--class", "ant"], "'-1' is not a number from 0 to 1000"),
         (["--guidance", "nan", "--class", "ant"], "'nan' is not a number from 0 to 1000"),
-        (["--strength", "0.5"], "--strength says how far to noise a picture; name it with --from"),
+        (["--strength", "0.5"], "--strength is the noise added to a picture; name the picture with --from"),
         (["--from", "{png}", "--strength", "0"], "'0' is not a number from 0.001 to 1"),
         (["--from", "{png}", "--strength", "1.5"], "'1.5' is not a number from 0.001 to 1"),
         (["--from", "nowhere.png"], "--from nowhere.png cannot be read: No such file or directory"),
         (["--from", "{text}"], "cannot be read: not an image, or of a format that is not known"),
         (["--from", "{png}", "--mask", "nowhere.png"], "--mask nowhere.png cannot be read"),
-        (["--mask", "{png}"], "--mask fills a part of a picture; name it with --from"),
-        (["--walk", "1", "2", "--seed", "0"], "--walk names its own two seeds; leave --seed out"),
+        (["--mask", "{png}"], "--mask fills a part of a picture; name the picture with --from"),
+        (["--walk", "1", "2", "--seed", "0"], "--walk names two seeds; leave --seed out"),
         (["--walk", "1", "2", "-n", "1"], "--walk needs at least 2 images"),
         (["--walk", "1", "x"], "'x' is not a whole number of at least 0"),
         (["--film", "film.mp4"], "--film film.mp4: films are animated PNG or GIF files"),
@@ -795,7 +830,7 @@ def test_only_one_label_more_than_names_means_no_class(tmp_path, capsys, names, 
     old = str(make_model(tmp_path / "m", num_class_embeds=count, class_names=names))
     data.write_png(tmp_path / "photo.png", Image.new("RGB", (16, 16), "red"))
     flags = ["--model", old, "--from", str(tmp_path / "photo.png")]
-    assert sample.main(flags) == 2 and "this model draws by class" in capsys.readouterr().err
+    assert sample.main(flags) == 2 and "this model needs a class" in capsys.readouterr().err
     flags = ["--model", old, "--steps", "1", "-n", "1", "--out", str(tmp_path / "x.png"), "--class"]
     assert sample.main([*flags, "2"]) == 0
     assert sample.main([*flags, "3"]) == 2 and "--class '3': this model has no such class" in capsys.readouterr().err
@@ -877,16 +912,18 @@ def test_threads_follow_a_containers_share(text, expected, tmp_path, monkeypatch
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("precision, levels", [("fp32", 1), ("bf16", 8)])
-def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch, precision, levels):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch, shared_folder, precision, levels):
+    cache = shared_folder / "compiled"  # PyTorch's headers are compiled into it once
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    before = set(cache.rglob("*.so"))
     one_level = {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",)}
     path = make_model(tmp_path / "m", **one_level, up_block_types=("AttnUpBlock2D",))
     model = sample.load(path, precision=precision)
-    table = ddpm.plan(model.schedule, steps=6)
+    table = ddpm.sampler_table(model.schedule, steps=6)
     eager = sample.draw(model, range(3), table).int()
     sample.compile_for_drawing(model.network, 3)
     compiled = sample.draw(model, range(3), table).int()
-    assert any((tmp_path / "compiled").rglob("*.so"))  # it was compiled, and kept
+    assert set(cache.rglob("*.so")) - before  # it was compiled, and kept
     assert (eager - compiled).abs().max() <= levels and eager.float().std() > 20
 
 
@@ -907,41 +944,50 @@ def test_where_compile_does_not_work_drawing_goes_on_eager(folder, tmp_path, mon
     flags = ["--model", str(folder), "--steps", "2", "-n", "1", "--out"]
     assert sample.main([*flags, str(tmp_path / "a.png")]) == 0
     assert sample.main([*flags, str(tmp_path / "b.png"), "--compile"]) == 0
-    assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): going on") == 1
+    assert capsys.readouterr().out.count("torch.compile does not work here (no compiler here): continuing") == 1
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    network = sample.load(folder, precision="bf16").network
-    packed = [module.packed is None for module in network.modules() if isinstance(module, unet.Conv2d)]
-    sample.compile_for_drawing(network, 1)
-    assert packed == [module.packed is None for module in network.modules() if isinstance(module, unet.Conv2d)]
 
 
-def test_the_model_in_the_box_is_drawn_from_where_there_is_no_run(tmp_path, monkeypatch, capsys):
+def test_the_default_model_is_drawn_from_where_there_is_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sample.main(["-n", "8"]) == 0
-    assert f"{sample.BOX}: 64 px, ipndm, 10 steps" in capsys.readouterr().out
+    assert (
+        "the default model (runs/ has no run yet; --model names another): 64 px, ipndm, 10 steps"
+        in capsys.readouterr().out
+    )
     with Image.open(tmp_path / "samples.png") as picture:
         assert np.asarray(picture).std() > 20
-    assert sum(file.stat().st_size for file in sample.BOX.rglob("*")) < 12_000_000
+    assert sum(file.stat().st_size for file in sample.DEFAULT_MODEL.rglob("*")) < 12_000_000
 
 
-def test_the_model_in_the_box_draws_butterflies():
+def test_the_default_model_draws_butterflies():
     """Nearer to fresh specimens than these are when blurred; and diffusers opens it."""
-    model, features = sample.load(sample.BOX), monitor.load_features()
-    assert model.network.config.class_names == tuple(data.prepare("drawn:30", 32, channels=3).classes)
+    precision = sample.choose_precision(torch.device("cpu"))
+    model, features = sample.load(sample.DEFAULT_MODEL, precision=precision), monitor.load_features()
+    assert model.network.config.class_names == tuple(data.prepare("synthetic:30", 32, channels=3).classes)
     labels = torch.randint(15, (75,), generator=torch.Generator().manual_seed(0)).tolist()
-    drawn = sample.draw(model, range(75), ddpm.plan(model.schedule), labels, batch_size=25)
-    real = monitor.some(monitor.take(data.prepare("drawn:900:5", 64, channels=3)), 400).pixels
+    drawn = sample.draw(model, range(75), ddpm.sampler_table(model.schedule), labels, batch_size=15)
+    real = monitor.random_subset(monitor.read_images("synthetic:620:5", (3, 64, 64))[0], 300).pixels
     blurred = data.to_uint8(torch.nn.functional.avg_pool2d(data.to_float(real), 5, 1, 2, count_include_pad=False))
     ours, worse = (monitor.quality(features, images, real) for images in (drawn, blurred))
     assert ours.kid_high < worse.kid_low and ours.kid_low < 0 < ours.kid_high
-    peer = UNet2DModel.from_pretrained(sample.BOX / "unet")
+    model, peer = sample.load(sample.DEFAULT_MODEL), UNet2DModel.from_pretrained(sample.DEFAULT_MODEL / "unet")
     x, t, label = torch.randn(2, 3, 64, 64), torch.tensor([900, 20]), torch.tensor([3, 15])
     with torch.no_grad():
         assert (peer(x, t, label).sample - model.network(x, t, label)).abs().max() < 1e-4
 
 
-def test_a_fused_network_is_not_saved(folder, tmp_path):
+def test_exporting_the_default_model_again_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
+    source = sample.DEFAULT_MODEL
+    monkeypatch.setattr(sample, "DEFAULT_MODEL", tmp_path / "model")
+    export.main(str(source))
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'model'}")
+    for file in (WEIGHTS, "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        assert (tmp_path / "model" / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_a_copy_for_drawing_is_not_saved(folder, tmp_path):
     model = sample.load(folder)
-    with pytest.raises(ValueError, match="fused"):
+    with pytest.raises(ValueError, match="prepared for drawing"):
         sample.save_model(tmp_path / "copy", model.network, model.schedule)
     assert not (tmp_path / "copy").exists()

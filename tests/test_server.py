@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import ddpm
 import sample
 import server
@@ -182,6 +183,22 @@ def test_a_known_picture_is_not_drawn_again(served):
         {"steps": 2, "class": "ant"},
     ):
         assert get(served, "/generate_sample/", f"If-None-Match: {headers['etag']}", seed=5, **other)[0] == 200
+
+
+def test_eta_and_spacing_are_those_of_sample(served, folder, tmp_path):
+    """A parameter is one row for the command line and the server."""
+    query = {"n_images": 2, "seed": 3, "steps": 4, "sampler": "ddim", "eta": 0.75, "spacing": "logsnr", "class": "bee"}
+    _, _, body = get(served, **query)
+    flags = ["--model", str(folder), "--precision", "fp32", "--steps", "4", "-n", "2", "--seed", "3", "--class", "bee"]
+    flags += ["--sampler", "ddim", "--eta", "0.75", "--spacing", "logsnr", "--out", str(tmp_path / "x.png")]
+    assert sample.main(flags) == 0
+    theirs = Image.open(tmp_path / "x.png")
+    assert Image.open(io.BytesIO(body)).text == theirs.text and theirs.text["eta"] == "0.75"
+    assert np.abs(pixels(body).astype(int) - np.asarray(theirs)).max() <= 1
+    for other in ({"eta": 0.25}, {"spacing": "leading"}):
+        assert np.abs(pixels(get(served, **query | other)[2]).astype(int) - np.asarray(theirs)).max() > 1
+    status, _, body = get(served, **query | {"sampler": "ddpm"})
+    assert (status, json.loads(body)["error"]["param"]) == (400, "eta")
 
 
 HOST = b"Host: 127.0.0.1\r\n"
@@ -382,7 +399,7 @@ def test_tokens(folder):
 
 def test_a_heads_cost_is_linear(served, monkeypatch):
     """Spaces before a bad byte, and a head in single bytes: what once took seconds of the processor."""
-    begin, searched, bare = time.process_time(), [], server.BARE
+    begin, searched, bare = time.process_time(), [], server.BARE_LINE_END
 
     class Counting:
         def search(self, head, seen):
@@ -404,7 +421,7 @@ def test_a_heads_cost_is_linear(served, monkeypatch):
             return bytes([next(self.bytes)])
 
     content = b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 30_000
-    monkeypatch.setattr(server, "BARE", Counting())
+    monkeypatch.setattr(server, "BARE_LINE_END", Counting())
     assert server.read_head(Dripping(content + b"\r\n\r\nrest")) == content and sum(searched) < 5 * len(content)
     assert time.process_time() - begin < 60  # cubic, it would be hours
 
@@ -540,10 +557,15 @@ def test_retry_after_stays_bounded_whoever_does_not_listen(folder):
     assert len(engine.promises) * 50 <= server.MAX_RETRY * engine.rate
 
 
+def request(**changes) -> sample.DrawRequest:
+    fields = {flag.dest: flag.default for flag in sample.DRAW_FLAGS}
+    return sample.DrawRequest(**fields | {"n": 1, "seed": 0} | changes)
+
+
 def steps_job(now: float, steps: int, client: str) -> server.Job:
     """A job without a network, that came now."""
-    args, drawings = server.argparse.Namespace(guidance=1.0), [server.Drawing(0, None)]
-    return server.Job(None, args, range(steps), drawings, {}, client=client, deadline=now + 120, arrived=now)
+    drawings = [sample.Drawing(0, None, range(steps))]
+    return server.Job(None, request(), drawings, {}, client=client, deadline=now + 120, arrived=now)
 
 
 @pytest.mark.parametrize("capacity, load, sizes", [  # bounded by steps, and by the number of jobs
@@ -575,7 +597,7 @@ def test_who_comes_again_is_admitted_beside_newcomers(monkeypatch, capacity, loa
         chosen = engine.choose()
         for job, drawing in chosen:
             drawing.step += 1
-            if not job.left:
+            if not job.work:
                 engine.end(job)
         worked += len(chosen)
         now += max(1, len(chosen)) / rate
@@ -654,9 +676,9 @@ def test_a_client_that_leaves_costs_one_more_step_and_disturbs_nobody(folder, tm
 
 
 def job_of(model, images: int, steps: int, seed=0, guidance=1.0) -> server.Job:
-    args = server.argparse.Namespace(**vars(server.DEFAULTS) | {"n": images, "seed": seed, "guidance": guidance})
-    table = ddpm.plan(model.schedule, steps=steps)
-    return server.Job(model, args, table, [server.Drawing(seed + i, 0) for i in range(images)], {})
+    wanted = request(n=images, seed=seed, guidance=guidance)
+    table = ddpm.sampler_table(model.schedule, steps=steps)
+    return server.Job(model, wanted, [sample.Drawing(seed + i, 0, table, guidance) for i in range(images)], {})
 
 
 def test_long_and_short_requests_share_fairly(folder):
@@ -668,7 +690,7 @@ def test_long_and_short_requests_share_fairly(folder):
 
     def pretend(job, drawing) -> None:
         drawing.step += 1
-        if drawing.step == len(job.table):
+        if drawing.step == len(drawing.table):
             drawing.pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
 
     def run(long: server.Job, every: int, short: int) -> tuple[int, list[int], float]:
@@ -693,7 +715,7 @@ def test_long_and_short_requests_share_fairly(folder):
         (job_of(model, 1, 300), 4, 10, True),
         (job_of(model, 64, 10), 3, 10, False),  # with the long one's share, more than there is
     ):
-        cost = long.left
+        cost = long.work
         turns, lasted, fair = run(long, every, short)
         assert fair <= 1.5 * cost  # what it might have had by fair shares when it was finished
         assert max(lasted) <= (short if free else 3 * short)
@@ -720,7 +742,7 @@ def test_who_could_not_use_a_share_has_saved_nothing_up():
     """Four jobs of one image beside one of many, which takes what is left; then twelve more of one image come."""
     engine = server.Engine(8, 10**6, False, server.Metrics())
     few, many = [steps_job(0.0, 10_000, "") for _ in range(4)], steps_job(0.0, 10_000, "")
-    many.drawings = [server.Drawing(i, None) for i in range(64)]
+    many.drawings = [sample.Drawing(i, None, range(10_000)) for i in range(64)]
     engine.rate, later = 10**6, [steps_job(0.0, 10_000, "") for _ in range(12)]
 
     def turns(count: int) -> dict[server.Job, int]:
@@ -801,6 +823,15 @@ def test_300_idle_connections_do_not_matter(served):
             client.close()
 
 
+def test_idle_connections_stay_open_below_the_bound(served):
+    clients = [connect(served) for _ in range(3)]
+    assert get(served, steps=1)[0] == 200
+    for client in clients:
+        client.sendall(head("/healthz"))
+        assert read_answer(client)[0] == 200
+        client.close()
+
+
 def test_at_the_bound_with_all_waiting_one_more_is_turned_away(folder, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with serving(folder, work=False) as running:
@@ -810,13 +841,13 @@ def test_at_the_bound_with_all_waiting_one_more_is_turned_away(folder, monkeypat
         wait_until(lambda: sum(running.connections.values()) == 3)
         status, headers, body = get(running, "/healthz")
         assert status == 503 and headers["retry-after"] == "5"
-        assert json.loads(body)["error"].keys() == set(server.ERROR)
+        assert json.loads(body)["error"].keys() == set(server.ERROR_FIELDS)
         assert running.metrics.numbers["papilio_turned_away_total"] == 1
         running.engine.thread.start()
         assert [read_answer(client)[0] for client in clients] == [200] * 3
         for client in clients:
             client.close()
-        wait_until(lambda: not running.connections and not running.lingering)
+        wait_until(lambda: not running.connections)
         assert get(running, "/healthz")[0] == 200
 
 
@@ -922,7 +953,7 @@ def test_a_new_model_is_taken_between_steps_and_begun_requests_finish_on_the_old
 
 def test_a_bad_model_is_refused_and_counted(folder, tmp_path, capsys):
     broken = make_model(tmp_path / "broken", num_class_embeds=4, class_names=NAMES)
-    network = sample.load(broken, fuse=False).network
+    network = sample.read_model(broken).network
     network.conv_out.bias.data.fill_(float("nan"))
     sample.save_model(broken, network, ddpm.Schedule())
     with serving(folder) as running:
@@ -960,7 +991,7 @@ def test_of_two_reloads_the_later_stays(folder, tmp_path, monkeypatch):
 
 
 def test_saved_images_say_what_made_them(folder, tmp_path):
-    store = sample.Store(tmp_path / "saved", 10**7)
+    store = data.ServedImages(tmp_path / "saved", 10**7)
     with serving(folder, store=store) as running:
         _, headers, body = get(running, n_images=2, steps=3, seed=8)
         get(running, "/generate_stream/", n_images=1, steps=3, seed=8)
@@ -977,6 +1008,28 @@ def test_saved_images_say_what_made_them(folder, tmp_path):
         assert np.abs(np.asarray(Image.open(one))[2:-2, 2:-2].astype(int) - saved).max() <= 1
 
 
+def test_what_was_saved_is_read_back(folder, tmp_path):
+    """Facts and pixels of every image; a damaged picture is None, and a line that a crash cut off is passed over."""
+    store = data.ServedImages(tmp_path, 10**7)
+    generator = torch.Generator().manual_seed(0)
+    colour, grey = (torch.randint(256, (c, 16, 16), generator=generator, dtype=torch.uint8) for c in (3, 1))
+    assert not store.save("first", [(colour, {"seed": 5}), (grey, {"seed": 6})]) + store.save("second", [(grey, {})])
+    (day,) = store.days()
+    found = list(data.ServedImages(tmp_path, 10**7).read(day))
+    assert [(facts["request"], facts.get("seed")) for facts, _ in found] == [
+        ("first", 5),
+        ("first", 6),
+        ("second", None),
+    ]
+    for (_, pixels), saved in zip(found, (colour, grey, grey), strict=True):
+        assert np.array_equal(pixels, saved)
+    (day / "first-1.png").write_bytes((day / "first-1.png").read_bytes()[:60])
+    (day / "second-0.png").unlink()
+    with open(next(day.glob("*.jsonl")), "a") as log:
+        log.write('{"file": "thi')
+    assert [pixels is None for _, pixels in store.read(day)] == [False, True, True]
+
+
 def test_the_oldest_day_makes_room(folder, tmp_path):
     for day, size in (("2020-01-01", 3000), ("2020-01-02", 3000)):
         (tmp_path / day).mkdir()
@@ -985,7 +1038,7 @@ def test_the_oldest_day_makes_room(folder, tmp_path):
     for name in ("mine", "2019-01-01"):  # the latter has no log: photographs of that day, say
         (tmp_path / name).mkdir()
         (tmp_path / name / "keep.txt").write_text("not the server's")
-    store = sample.Store(tmp_path, 8000)
+    store = data.ServedImages(tmp_path, 8000)
     with serving(folder, store=store) as running:
         for seed in range(12):
             assert get(running, steps=1, seed=seed)[0] == 200
@@ -998,16 +1051,16 @@ def test_the_oldest_day_makes_room(folder, tmp_path):
 
 
 def test_after_midnight_yesterday_makes_room(tmp_path, monkeypatch):
-    store, images = sample.Store(tmp_path, 5000), [(torch.zeros(3, 16, 16, dtype=torch.uint8), {"seed": 1})]
+    store, images = data.ServedImages(tmp_path, 5000), [(torch.zeros(3, 16, 16, dtype=torch.uint8), {"seed": 1})]
     for day, full in (("2020-01-01", True), ("2020-01-02", False)):
-        monkeypatch.setattr(sample.time, "strftime", lambda *_, day=day: day)
+        monkeypatch.setattr(data.time, "strftime", lambda *_, day=day: day)
         errors = [store.save(f"{day}-{i}", images) for i in range(30 if full else 1)]
         assert any(errors) == full and not errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["2020-01-02"]
 
 
 def test_what_other_processes_save_counts(tmp_path, folder):
-    store = sample.Store(tmp_path, 10**6)
+    store = data.ServedImages(tmp_path, 10**6)
     (tmp_path / "2020-01-01").mkdir()
     (tmp_path / "2020-01-01/theirs.png").write_bytes(bytes(10**6))
     (tmp_path / "2020-01-01/2-b.jsonl").touch()
@@ -1023,7 +1076,7 @@ def test_what_other_processes_save_counts(tmp_path, folder):
 
 
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
-    store = sample.Store(tmp_path / "saved", 10**7)
+    store = data.ServedImages(tmp_path / "saved", 10**7)
     (tmp_path / "saved").rmdir()
     (tmp_path / "saved").write_text("a file is where the folder was")
     with serving(folder, store=store) as running:
@@ -1058,7 +1111,7 @@ def test_metrics_are_well_formed_and_add_up(served):
     get(served, steps=2)
     page = get(served, "/metrics")[2].decode()
     types = parse_metrics(page)
-    assert set(types) == set(server.FAMILIES)
+    assert set(types) == set(server.METRICS)
     counted = gauges(served)
     for name, kind in types.items():
         if kind == "histogram":
@@ -1098,12 +1151,12 @@ def test_openapi_and_validator_are_one_table(served):
     (query,) = {json.dumps(document["paths"][path]["get"]["parameters"]) for path in
                 ("/generate_sample/", "/generate_stream/")}  # fmt: skip
     schemas = {row["name"]: row["schema"] for row in json.loads(query)}
-    assert set(schemas) == {"steps", "n_images", "seed", "sampler", "class", "guidance"}
+    assert set(schemas) == {"n_images", "seed", "class", "guidance", "sampler", "steps", "spacing", "eta"}
     for name, schema in schemas.items():
         good = schema.get("enum") or [schema["minimum"], min(schema["maximum"], 64)]
         bad = ["nonsense"] if "enum" in schema else [schema["minimum"] - 1, schema["maximum"] + 1]
         for value in good:
-            assert get(served, **{"steps": 1} | {name: value})[0] == 200
+            assert get(served, **{"steps": 1, "sampler": "ddim"} | {name: value})[0] == 200
         for value in bad:
             assert get(served, **{"steps": 1} | {name: value})[0] == 400
 
@@ -1112,21 +1165,26 @@ def test_a_model_without_classes_has_no_such_parameters(tmp_path):
     with serving(make_model(tmp_path / "m")) as running:
         document = json.loads(get(running, "/openapi.json")[2])
         names = [row["name"] for row in document["paths"]["/generate_sample/"]["get"]["parameters"]]
-        assert names == ["steps", "n_images", "seed", "sampler"]
+        assert names == ["n_images", "seed", "sampler", "steps", "spacing", "eta"]
         assert get(running, steps=1)[0] == 200 and get(running, steps=1, guidance=2)[0] == 400
 
 
 def test_schemathesis_finds_nothing(served, monkeypatch, tmp_path):
-    """Generated from the document: good and bad requests, 100 of each route."""
+    """Generated from the document: good and bad requests, at least 40 of each route."""
     monkeypatch.setattr(served, "max_cost", 10**9)
     monkeypatch.setattr(server, "MAX_IMAGES", 4)
-    monkeypatch.setattr(server, "table_of", lambda schedule, sampler, _: ddpm.plan(schedule, sampler, 2))
+    table = ddpm.sampler_table
+
+    def two_steps(schedule, sampler, steps, spacing, eta):  # no schema can say that eta needs ddim
+        return table(schedule, sampler, 2, spacing, eta if sampler == "ddim" else 0)
+
+    monkeypatch.setattr(ddpm, "sampler_table", two_steps)
     tool = Path(sys.executable).with_name("schemathesis")
     flags = [
         "--phases",
         "examples,coverage,fuzzing",
         "--max-examples",
-        "100",
+        "40",
         "--seed",
         "1",
         "--generation-database",
@@ -1138,11 +1196,15 @@ def test_schemathesis_finds_nothing(served, monkeypatch, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_the_readmes_curl_lines_work(tmp_path):
-    """With the model in the box, as a newcomer has it."""
-    lines = re.findall(r"^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_curl_lines_of_the_docs_work(tmp_path):
+    """With a small model of the size and the classes of the default one."""
+    box = sample.read_model(sample.DEFAULT_MODEL).network.config
+    classes = dict(num_class_embeds=box.num_class_embeds, class_names=box.class_names)
+    folder = make_model(tmp_path / "model", sample_size=box.sample_size, down_block_types=["DownBlock2D"] * 2,
+                        up_block_types=["UpBlock2D"] * 2, add_attention=False, **classes)  # fmt: skip
+    lines = re.findall(r"^curl .*$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE)
     assert len(lines) >= 5
-    with serving(sample.BOX, batch=8) as running:
+    with serving(folder, batch=8) as running:
         for line in lines:
             line = line.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}").replace("curl ", "curl -sSf ", 1)
             done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, timeout=120)
@@ -1156,10 +1218,12 @@ def test_the_readmes_curl_lines_work(tmp_path):
 
 
 @contextmanager
-def command(*flags, cwd=ROOT, **environment):
-    """`python server.py` on a free port, killed at the end; its stderr is in `said`."""
+def command(*flags, cwd=ROOT, drain=None, **environment):
+    """`python server.py` on a free port, killed at the end; its stderr is in `said`. A shutdown has `drain` seconds."""
+    patched = f"import sys, server; server.DRAIN_SECONDS = {drain}; sys.exit(server.main())"
+    program = [ROOT / "server.py"] if drain is None else ["-c", patched]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "server.py", "--port", "0", "--precision", "fp32", *map(str, flags)],
+        [sys.executable, *program, "--port", "0", "--precision", "fp32", *map(str, flags)],
         cwd=cwd, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
     process.said = []
@@ -1186,7 +1250,8 @@ def command(*flags, cwd=ROOT, **environment):
 
 def test_shutdown_under_load_answers_everyone(folder):
     """SIGTERM while 30 wait: each accepted request gets its whole picture or a clean 503, and the exit status is 0."""
-    with command("--model", folder, "--batch-size", "2", "--queue", 10**6, "--timeout", 10**6) as process:
+    flags = ("--model", folder, "--batch-size", "2", "--queue", 10**6, "--timeout", 10**6)
+    with command(*flags, drain=2) as process:
         statuses, begun = [], threading.Barrier(31)
 
         def ask(i: int) -> None:
@@ -1228,9 +1293,9 @@ def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path)
 
 
 def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
-    """A step of the model in the box with 48 images takes a second: the process does not wait for it, nor crash."""
-    flags = ("--model", sample.BOX, "--batch-size", "48", "--queue", 10**6, "--timeout", 10**6)
-    with command(*flags, OMP_NUM_THREADS="2") as process:
+    """A step of the default model with 32 images takes a second: the process does not wait for it, nor crash."""
+    flags = ("--model", sample.DEFAULT_MODEL, "--batch-size", "32", "--queue", 10**6, "--timeout", 10**6)
+    with command(*flags, drain=1, OMP_NUM_THREADS="2") as process:
         clients = [connect(process) for _ in range(2)]
         for client in clients:
             client.sendall(head("/generate_sample/?n_images=64&steps=100"))

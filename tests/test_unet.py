@@ -248,35 +248,31 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fused_for_drawing_is_that_of_diffusers(name):
+def test_a_copy_for_drawing_computes_the_same_as_diffusers_and_leaves_the_network_as_it_is(name):
     """q, k and v by one product, and all projections of the embeddings, of images at different timesteps."""
     peer, ours, x, t, labels = pair(name)
-    before = sum(v.numel() for v in ours.parameters())
-    ours.fuse()
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    copy = unet.for_drawing(ours, "cpu", torch.float32)
     with torch.no_grad():
         for times in (t, t.flip(0), torch.tensor([37, 37, 37])):
-            assert error(ours(x, times, labels), peer(x, times, labels).sample) < 1e-5
-    assert sum(v.numel() for v in ours.parameters()) == before
-    assert not any("to_q." in key or "time_emb_proj" in key for key in ours.state_dict())
+            assert error(copy(x, times, labels), peer(x, times, labels).sample) < 1e-5
+    assert sum(v.numel() for v in copy.parameters()) == sum(v.numel() for v in ours.parameters())
+    assert not any("to_q." in key or "time_emb_proj" in key for key in copy.state_dict())
+    assert ours.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_convolutions_give_the_same_bits(name):
     _, ours, x, t, labels = pair(name)
-    ours.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    inner = [module for module in ours.modules() if isinstance(module, unet.Conv2d)]
-    before = [module.weight.clone() for module in inner]
-    ours.fuse()
+    plain, packed = (unet.for_drawing(ours, "cpu", torch.bfloat16, packed=packed) for packed in (False, True))
+    inner = [module for module in packed.modules() if isinstance(module, unet.Conv2d)]
     if platform.machine() in ("x86_64", "AMD64") and sample.has_bf16(torch.device("cpu")):
         assert inner and all(module.packed is not None and not module.weight.numel() for module in inner)
+    assert all(module.packed is None for module in plain.modules() if isinstance(module, unet.Conv2d))
     with torch.no_grad():
-        packed = ours(x, t, labels)
-        ours.pack(False)
-        assert all(torch.equal(module.weight, old) for module, old in zip(inner, before, strict=True))
-        assert torch.equal(ours(x, t, labels), packed)
         for _ in range(2):
-            ours.pack(True)
-            assert torch.equal(ours(x, t, labels), packed)
+            assert torch.equal(packed(x, t, labels), plain(x, t, labels))
 
 
 @pytest.mark.parametrize("missing", ["switch", "function", "processor"])
@@ -290,8 +286,7 @@ def test_where_convolutions_cannot_be_packed_they_stay_as_they_are(missing, monk
         monkeypatch.delattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
     else:
         monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", refuse)
-    network = UNet(tiny()).to(torch.bfloat16).eval()
-    network.fuse()
+    network = unet.for_drawing(UNet(tiny()), "cpu", torch.bfloat16)
     assert all(module.packed is None and module.weight.numel() for module in network.modules()
                if isinstance(module, unet.Conv2d))  # fmt: skip
 
