@@ -1,86 +1,117 @@
-"""Which sampler, how many steps, which timesteps: two tables for a model, and a picture to look at.
+"""Compares samplers, numbers of steps and choices of timesteps: two tables and a picture for a model.
 
-    python -m benchmarks.samplers                        the model in the box
-    python -m benchmarks.samplers --model FOLDER -n 256  fewer images, so wider intervals
+    python -m benchmarks.samplers                          the default model
+    python -m benchmarks.samplers --model runs/NAME        a run
+    python -m benchmarks.samplers -n 64                    fewer images: faster, with wider intervals
 
-The first table is the distance from a deterministic draw of 200 steps of the same seeds: root mean square over pixels,
-in levels of 255. The second is KID to real images, for which a draw need not be near to any other. The picture has 16
-seeds at the default in the first row and with 200 steps in the second.
+The first table is the distance from the images of a deterministic sampler with 200 steps and the same seeds: root mean
+square over pixels, in levels of 255. The second is KID to real images, which does not depend on that reference. The
+picture has 16 seeds with the default sampler in the first row, and with 200 steps in the second.
 """
 
-import argparse
+from itertools import product
 from pathlib import Path
 
 import torch
 
-import data
-import ddpm
-import monitor
-import sample
+from benchmarks import common, ours
 
 DETERMINISTIC = ("ddim", "dpm++", "unipc", "ipndm")
+TIMESTEPS = ("trailing", "logsnr", "linspace", "leading")
 STEPS = (5, 8, 10, 12, 15, 20, 30, 50)
-LONG = ("unipc", 200, "trailing")
+KID_STEPS = (5, 8, 10, 15, 20)
+REFERENCE = ("unipc", 200, "trailing")
+SECOND = ("ipndm", 200, "trailing")
 
 
-def row(name: str, values: list[str]) -> str:
-    return f"| {' | '.join([name, *values])} |"
+def rms(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"{(a.float() - b.float()).square().mean().sqrt():.2f}"
 
 
-def distances(model: sample.Model, labels: list[int] | None, out: Path) -> list[str]:
-    def draw(*how) -> torch.Tensor:
-        return sample.draw(model, range(16), ddpm.plan(model.schedule, *how), labels, batch_size=16)
+def distances(model, labels: list[int] | None, picture: Path) -> list[str]:
+    """Returns the first table, and writes the picture."""
 
-    def rms(a: torch.Tensor, b: torch.Tensor) -> str:
-        return f"{(a.float() - b.float()).square().mean().sqrt():.2f}"
+    def samples(*how) -> torch.Tensor:
+        return ours.generate(model, range(16), how, labels, batch_size=16)
 
-    reference = draw(*LONG)
-    data.write_png(out, data.grid(torch.cat([draw(), reference]), columns=16), {})
-    lines = [row("sampler, timesteps", [f"{steps} steps" for steps in STEPS]), "|---" * (1 + len(STEPS)) + "|"]
-    for sampler in DETERMINISTIC:
-        for spacing in ("trailing", "logsnr", "linspace", "leading"):
-            found = [rms(draw(sampler, steps, spacing), reference) for steps in STEPS]
-            lines.append(row(f"{sampler}, {spacing}", found))
-            print(lines[-1], flush=True)
-    other = rms(draw("ipndm", *LONG[1:]), reference)
-    return [*lines, "", f"Two draws of 200 steps, with {LONG[0]} and ipndm: {other} apart."]
+    rows = []
+    with common.Progress(len(DETERMINISTIC) * len(TIMESTEPS) * sum(STEPS) + 410) as progress:
+        with progress.part("200 steps, twice", 410):
+            reference, second = samples(*REFERENCE), samples(*SECOND)
+            ours.write_png(picture, torch.cat([samples(), reference]), columns=16)
+        for sampler, timesteps in product(DETERMINISTIC, TIMESTEPS):
+            row = [f"{sampler}, {timesteps}"]
+            for steps in STEPS:
+                with progress.part(f"distance of {sampler}, {timesteps}, {steps} steps", steps):
+                    row.append(rms(samples(sampler, steps, timesteps), reference))
+            rows.append(row)
+            progress.say(f"| {' | '.join(row)} |")
+    head = ("sampler, timesteps", *(f"{steps} steps" for steps in STEPS))
+    between = f"Distance between {REFERENCE[0]} and {SECOND[0]}, both with 200 steps: {rms(second, reference)}."
+    return [*common.table(head, rows), "", between]
 
 
-def kernel_distances(model: sample.Model, count: int, real: monitor.Images) -> list[str]:
-    features = monitor.load_features()
-    steps = (5, 8, 10, 15, 20)
-    lines = [row("sampler, trailing", [f"{number} steps" for number in steps]), "|---" * (1 + len(steps)) + "|"]
-    for sampler in DETERMINISTIC:
-        found = []
-        for number in steps:
-            table = ddpm.plan(model.schedule, sampler, number, "trailing")
-            quality = monitor.quality(features, monitor.draw(model, 0, count, real, table), real.pixels)
-            found.append(f"{quality.kid:.4f} ± {quality.kid_high - quality.kid:.4f}")
-        lines.append(row(sampler, found))
-        print(lines[-1], flush=True)
-    return lines
+def kernel_distances(model, count: int, real) -> list[str]:
+    features = ours.load_features()
+    rows = []
+    with common.Progress(len(DETERMINISTIC) * sum(KID_STEPS)) as progress:
+        for sampler in DETERMINISTIC:
+            row = [sampler]
+            for steps in KID_STEPS:
+                with progress.part(f"KID of {sampler}, {steps} steps", steps):
+                    quality = ours.kernel_distance(features, model, (sampler, steps, "trailing"), count, real)
+                row.append(f"{quality.kid:.4f} ± {quality.kid_high - quality.kid:.4f}")
+            rows.append(row)
+            progress.say(f"| {' | '.join(row)} |")
+    return common.table(("sampler, trailing", *(f"{steps} steps" for steps in KID_STEPS)), rows)
+
+
+def parser() -> common.Parser:
+    parser = common.Parser("samplers", __doc__)
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="run or model folder, in place of the default model"
+    )
+    parser.add_argument(
+        "-n", type=common.number(int, 3), default=512, metavar="N", help="images for each KID (default: %(default)s)"
+    )
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("weights/butterflies"), help="(default: %(default)s)")
-    parser.add_argument("-n", type=int, default=512, help="images a KID (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/samplers"), help="of .md and .png")
-    args = parser.parse_args()
-    sample.set_threads()
-    device = sample.choose_device()
-    model = sample.load(args.model, device, sample.choose_precision(device))
-    count = model.network.config.class_count
-    labels = [seed % count for seed in range(16)] if count else None
-    trained = (args.model / "metrics.jsonl").exists()
-    real = monitor.images_of_run(args.model, model.shape)[1] if trained else monitor.fresh(model.shape)
-    text = "\n".join([
-        f"{args.model}: {model.shape[1]} px, {model.precision}, model {model.hash[:12]}, torch {torch.__version__}", "",
-        "Distance from the long draw, n = 16:", "", *distances(model, labels, args.out.with_suffix(".png")), "",
-        f"KID to {len(real.pixels):,} images of {real.source}, with its 95% interval, n = {args.n}:", "",
-        *kernel_distances(model, args.n, real), "",
-    ])  # fmt: skip
-    args.out.with_suffix(".md").write_text(text)
+    flags = parser()
+    args = flags.parse_args()
+    if args.update and args.model:
+        flags.error("--update replaces the table of the default model: leave out --model")
+    ours.set_threads()
+    folder = args.model or ours.DEFAULT_MODEL
+    try:
+        model = ours.load(folder)
+        real = ours.real_images(folder, model)
+    except ours.InputError as error:
+        flags.error(f"--model: {error}")
+    results = common.Results(flags, args)
+    class_count = model.network.config.class_count
+    labels = None
+    if class_count:
+        labels = [seed % class_count for seed in range(16)]
+    name = args.model or "the default model"
+    facts = common.described(common.machine())
+    lines = [
+        f"{name}: {model.shape[1]} px, {model.precision}, model {model.hash[:12]}",
+        "",
+        "Distance from the images of 200 steps, n = 16:",
+        "",
+        *distances(model, labels, results.path(".png")),
+        "",
+        f"KID to {len(real.pixels):,} images of {real.source}, with its 95% interval, n = {args.n}:",
+        "",
+        *kernel_distances(model, args.n, real),
+        "",
+        facts,
+        "",
+    ]
+    results.write(".md", "\n".join(lines))
+    results.finish()
 
 
 if __name__ == "__main__":
