@@ -1,7 +1,7 @@
-# make demo    environment, a few minutes of training on drawn butterflies, a picture: demo.png
+# make demo    environment, a few minutes of training on synthetic butterflies, a picture: demo.png
 # make test    environment, all tests with coverage
 # make lint    style and format
-# make lines   lines of code, without comments, docstrings and blank lines
+# make lines   what there is to read: lines of code and tokens of each module
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 
 demo: $(VENV)/run.done
 	rm -rf demo
-	$(BIN)/python train.py --data drawn:2048 --classes --preset nano --steps 1000 --preview-every 250 --out demo/run
+	$(BIN)/python train.py --data synthetic:2048 --classes --preset nano --steps 1000 --preview-every 250 --out demo/run
 	$(BIN)/python sample.py --model demo/run --class all --guidance 2 -n 8 --scale 3 --out demo.png
 	@echo "look at demo.png; go on with: $(BIN)/python sample.py --model demo/run --class monarch --film film.gif --scale 4"
 
