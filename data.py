@@ -1,4 +1,4 @@
-"""Files and pixels: a source of images in, one uint8 array out, and back to PNG files.
+"""Datasets and image files: images from a folder, parquet or the hub in, one uint8 array out; and PNG writing.
 
     python data.py photos/                              prepares a folder, verifies it, prints what is in it
     python data.py synthetic:64 --size 64               renders 64 synthetic butterflies
@@ -50,7 +50,7 @@ HUB_SECONDS = 5.0
 # closer. All that were looked at show one photograph, recompressed, shifted or mirrored, or specimens that are hard to
 # tell apart; no group has more than 3 images. At 12, different specimens join in a chain of 18.
 NEAR_DUPLICATE = 8.0
-CELLS = 8  # a side of the near-duplicate descriptor
+DESCRIPTOR_CELLS = 8  # a side of the near-duplicate descriptor
 
 
 class InputError(ValueError):
@@ -66,16 +66,18 @@ class Dataset:
     images: ndarray  # uint8 (N, C, H, W), a copy-on-write memory map
     labels: ndarray | None  # int64 (N,), indices into classes
     classes: tuple[str, ...]  # () if there are none
-    digests: ndarray  # uint8 (N, 32): SHA-256 of each image's encoded bytes or recipe, independent of the size
+    digests: (
+        ndarray  # uint8 (N, 32): SHA-256 of each encoded image, or of a synthetic one's number; the same at any size
+    )
     groups: ndarray  # int64 (N,): near-duplicates have the same number
     checksum: str  # SHA-256 of images, labels and class names, in order
     fingerprint: (
         str  # the checksum; for synthetic images, which may differ by 2 levels elsewhere, SHA-256 of the recipe
     )
-    source: str  # absolute path, hub id or synthetic:N
-    revision: str | None  # of a hub id, or version of the synthetic images
+    source: str  # absolute path, Hugging Face dataset id or synthetic:N
+    revision: str | None  # of a Hugging Face dataset, or version of the synthetic images
     skipped: tuple[str, ...]  # "name: reason"
-    folder: Path  # where it is cached
+    folder: Path  # where the prepared data is cached
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Source:
     """Where images come from, before anything is decoded."""
 
     kind: str  # a key of READERS
-    name: str  # absolute path, hub id or synthetic:N
+    name: str  # absolute path, Hugging Face dataset id or synthetic:N
     revision: str | None
     root: Path = Path()  # of `files`
     files: tuple[str, ...] = ()  # relative posix paths, sorted
@@ -91,7 +93,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One image that is still encoded: its bytes, the file that holds them, or a function that renders it at a size."""
+    """An image before decoding: its encoded bytes, a file, or a function that renders it at a size."""
 
     name: str
     encoded: bytes | Path | Callable  # render(size) -> uint8 (3, size, size)
@@ -123,13 +125,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def decode(encoded: bytes, size: int, channels: int) -> ndarray:
-    """Decodes one image to uint8 (channels, size, size): upright, on white, centre-cropped, never squashed.
+    """Decodes one image to uint8 (channels, size, size): upright, on white, centre-cropped.
 
-    Takes the first frame of an animation. Raises what Pillow raises for damaged data, and ValueError for a
+    Of an animation it takes the first frame. Raises what Pillow raises for damaged data, and ValueError for a
     decompression bomb and for floating-point pixels.
     """
     with Image.open(io.BytesIO(encoded)) as image:
-        # Pillow itself only warns between this limit and twice this limit. Nothing has been decoded yet.
+        # Pillow only warns between this limit and twice this limit. Nothing has been decoded yet.
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's MAX_IMAGE_PIXELS")
         image.draft(None, (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8, at least twice the target
@@ -176,7 +178,7 @@ def _crop_and_scale(image: Image.Image, size: int) -> Image.Image:
 
 
 def grid(images: Tensor | ndarray, columns: int | None = None, padding: int = 2, scale: int = 1) -> Image.Image:
-    """Arranges uint8 (N, C, H, W) images, C 1 or 3, N >= 1, row by row on white; near-square without `columns`.
+    """Arranges uint8 (N, C, H, W) images, C 1 or 3, N >= 1, in rows on white; in about a square by default.
 
     Each pixel becomes `scale` x `scale` pixels. Raises InputError for any other shape or type.
     """
@@ -222,10 +224,10 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def batch_indices(n: int, seed: int, step: int, batch_size: int) -> Tensor:
-    """Returns which of n images make up the global batch of a step: int64 (batch_size,), a pure function.
+    """Returns the indices, among n images, of the global batch of a step: int64 (batch_size,).
 
-    Sample g = step * batch_size + position belongs to epoch g // n, a fresh permutation of range(n). Batches continue
-    across the end of an epoch, and span several epochs if batch_size > n.
+    Position g = step * batch_size + i of the run belongs to epoch g // n, and each epoch is another permutation of
+    range(n). A batch may reach into the next epochs.
     """
     samples = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = samples // n, samples % n
@@ -235,8 +237,8 @@ def batch_indices(n: int, seed: int, step: int, batch_size: int) -> Tensor:
 def flip(images: Tensor, seed: int, step: int, start: int = 0, total: int | None = None) -> Tensor:
     """Mirrors about half of the images (B, C, H, W) left-right, by (seed, step, position).
 
-    A process that holds rows start : start + B of a global batch of `total` images passes both. The bits of the whole
-    batch are generated and its own rows used, so that the number of processes changes nothing.
+    A process with rows start : start + B of a global batch of `total` images passes start and total. It generates the
+    bits of the whole batch and uses its own, so that the number of processes changes nothing.
     """
     end = start + len(images)
     bits = torch.randint(2, (total or end, 1, 1, 1), generator=generator(seed, "flip", step), dtype=torch.bool)
@@ -248,7 +250,7 @@ def flip(images: Tensor, seed: int, step: int, start: int = 0, total: int | None
 
 @contextmanager
 def disk_errors(action: str, remedy="free some space, check its permissions or choose another place") -> Iterator[None]:
-    """Turns an OSError (disk full, no permission, is a directory) into an InputError of one sentence."""
+    """Turns an OSError (disk full, no permission, is a directory) into an InputError: one sentence with a remedy."""
     try:
         yield
     except OSError as error:
@@ -259,7 +261,7 @@ def disk_errors(action: str, remedy="free some space, check its permissions or c
 
 
 def atomic_write(path: Path | str, write: Callable) -> None:
-    """Calls write(file) so that `path` then holds all of it or, after any failure, what it held before.
+    """Calls write(file) on a temporary file and renames it to `path`, which keeps its content if anything fails.
 
     Creates parent folders. Raises InputError for any OSError; other exceptions of `write` pass through.
     """
@@ -292,7 +294,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object. Raises InputError for a file that is missing, unreadable or something else."""
+    """Reads a JSON object. Raises InputError if the file is missing, unreadable or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -308,7 +310,7 @@ def encode_png(
 ) -> bytes:
     """Encodes a PNG file with `text` as its text chunks.
 
-    With `film` it is animated: those pictures at ten a second, then `image` for two seconds, and `format` may be "GIF".
+    With `film` it is an animation: those pictures at ten a second, then `image` for two seconds; `format` may be "GIF".
     """
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
@@ -352,7 +354,7 @@ class ServedImages:
         return sorted(day for day in named if any(day.glob("*.jsonl")))
 
     def read(self, day: Path) -> Iterator[tuple]:
-        """Yields the facts and pixels, uint8 (C, H, W), of the images of a day; None for a file missing or damaged."""
+        """Yields (facts, pixels) of each image of a day: uint8 (C, H, W), or None if its file is missing or damaged."""
         for log in sorted(day.glob("*.jsonl")):
             for line in log.read_bytes().splitlines():
                 try:
@@ -409,22 +411,25 @@ class ServedImages:
 
 
 def is_synthetic(source: str) -> bool:
+    """Returns whether a source is rendered by builtin/butterflies.py."""
     return source.partition(":")[0] in ("synthetic", "drawn")  # "drawn" is the name in runs of version 0.1.0
 
 
-def recipe_name(source: str) -> str:
-    """Returns the name of a source in fingerprints and random keys, which must not change: "drawn" for "synthetic"."""
+def original_name(source: str) -> str:
+    """Returns a source's name in fingerprints and random keys: they keep "drawn", the first name of "synthetic"."""
     return re.sub(r"^synthetic\b", "drawn", source)
 
 
 def find_source(source: str, revision: str | None = None) -> Source:
-    """Finds out what `source` names: a folder of images, parquet files, a hub id or synthetic butterflies.
+    """Finds out what `source` names: a folder of images, parquet files, a Hugging Face dataset, synthetic images.
 
     Raises InputError for anything else.
     """
     path = Path(os.path.expanduser(source))
     if revision and (is_synthetic(source) or source == "auto" or os.path.exists(path)):
-        raise InputError(f"--revision {revision}: only hub ids have revisions, and {source} is not one; leave it out")
+        raise InputError(
+            f"--revision {revision}: only Hugging Face datasets have revisions, and {source} is none; omit it"
+        )
     if is_synthetic(source):
         return _find_synthetic(source)
     if source and os.path.isdir(path):
@@ -441,8 +446,9 @@ def find_source(source: str, revision: str | None = None) -> Source:
     name = SHORT_NAMES.get(source, source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise InputError(
-            f"{source!r} is neither a folder nor a parquet file here, and not a hub id; name a folder of images, "
-            f"a .parquet file, a hub id like org/name, or one of: auto, synthetic, {', '.join(SHORT_NAMES)}"
+            f"{source!r} is neither a folder nor a parquet file here, and not a Hugging Face dataset id; name a folder "
+            "of images, a .parquet file, a Hugging Face dataset id like org/name, or one of: auto, synthetic, "
+            f"{', '.join(SHORT_NAMES)}"
         )
     return Source("hub", name, revision)
 
@@ -478,12 +484,12 @@ def _list_files(root: Path) -> list[str]:
 
 
 # A reader takes a source and a scratch folder and returns (number of images, class names, items). The names are () if
-# there are no classes, and None if only the labels tell.
+# there are no classes, and None if they have to be made from the labels.
 Contents = tuple[int, tuple | None, Iterable[Item]]
 
 
 def _read_folder(source: Source, scratch: Path) -> Contents:
-    """The class of an image is the name of the folder that it lies in."""
+    """Reads a folder of image files; the class of an image is the name of its folder."""
     parents = [Path(name).parent.name for name in source.files]
     classes = tuple(sorted(set(parents)))
     if "" in classes or len(classes) == 1:
@@ -495,7 +501,7 @@ def _read_folder(source: Source, scratch: Path) -> Contents:
 
 
 def _read_synthetic(source: Source, scratch: Path) -> Contents:
-    """The families take turns."""
+    """Reads synthetic butterflies; the classes, families of butterflies, take turns."""
     from builtin import butterflies
 
     count, seed = (int(part) for part in f"{source.name}:0".split(":")[1:3])
@@ -511,15 +517,16 @@ def _read_synthetic(source: Source, scratch: Path) -> Contents:
 
 
 def _read_parquet(source: Source, scratch: Path) -> Contents:
-    # The Arrow copy that datasets makes is deleted with the scratch folder: only our array stays.
+    """Reads parquet files, through an Arrow copy in the scratch folder."""
     files = [str(source.root / name) for name in source.files]
     return _read_table(_load_table(source, "parquet", data_files=files, cache_dir=str(scratch)))
 
 
 def _read_hub(source: Source, scratch: Path) -> Contents:
+    """Reads a dataset of the Hugging Face hub, which `datasets` caches."""
     if not _hub_answers():
         raise InputError(
-            f"{source.name!r} is no folder here, and the hub at {_hub_address()} gave no answer within "
+            f"{source.name!r} is no folder here, and the Hugging Face hub at {_hub_address()} did not answer within "
             f"{HUB_SECONDS:.0f} seconds; name a folder of images or a .parquet file, or set HF_ENDPOINT to a "
             "mirror or https_proxy to a proxy"
         )
@@ -530,7 +537,7 @@ READERS = {"folder": _read_folder, "synthetic": _read_synthetic, "parquet": _rea
 
 
 def _load_table(source: Source, *args, **options):
-    """Calls datasets.load_dataset. Raises InputError if it fails for whatever reason."""
+    """Calls datasets.load_dataset. Raises InputError for any failure."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -561,7 +568,7 @@ def _read_table(table) -> Contents:
             cell = row[image] or {"path": None, "bytes": None}
             encoded = cell["bytes"]
             if not encoded:
-                # An empty cell becomes empty bytes, which no decoder accepts: it is named and skipped as damaged.
+                # An empty cell becomes empty bytes, which fail to decode and are skipped like a damaged file.
                 encoded = Path(cell["path"]) if cell["path"] else b""
             yield Item(cell["path"] or f"row {i}", encoded, row.get(label))
 
@@ -594,7 +601,7 @@ def _label_column(features) -> str | None:
 
 
 def _hub_answers(seconds: float = HUB_SECONDS) -> bool:
-    """Asks whether the hub, directly or through a proxy, gives any answer before the deadline."""
+    """Returns whether the hub, directly or through a proxy, answers before the deadline."""
     answers = []
 
     def ask() -> None:
@@ -608,7 +615,7 @@ def _hub_answers(seconds: float = HUB_SECONDS) -> bool:
         except Exception:
             answers.append(False)
 
-    # A thread, because no timeout ends a name lookup that hangs; a daemon, so that it does not delay the exit.
+    # In a thread, because no timeout applies to a name lookup; a daemon, so that it does not delay the exit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -646,24 +653,23 @@ def prepare(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Decodes every image of a source once, into one array on disk; the next call only opens it.
+    """Decodes all images of a source into one array on disk, which later calls open.
 
-    source    a folder of images (sub-folders are classes), a .parquet file or a folder of them, a hub id "org/name",
-              "smithsonian", "synthetic" (or "synthetic:N", "synthetic:N:SEED"), or "auto": smithsonian if it is cached
-              or the hub answers, else synthetic; the choice is printed
+    source    a folder of images (sub-folders are classes), a .parquet file or a folder of them, a Hugging Face dataset
+              "org/name", "smithsonian", "synthetic" (or "synthetic:N", "synthetic:N:SEED"), or "auto": smithsonian if
+              it is cached or the hub can be reached, else synthetic; the choice is printed
     size      pixels a side, 8 to 1024; images are scaled to it by their shorter side and centre-cropped
     channels  3 (RGB) or 1 (grey)
-    revision  of a hub id: branch, tag or commit
+    revision  of a Hugging Face dataset: branch, tag or commit
     cache     where prepared data is kept; see cache_folder
 
     Raises InputError for a source that cannot be read, fewer than 2 images, more than 1% of unreadable files, and a
     disk that fails.
     """
-    if not str(size).isdecimal() or not SIZES[0] <= int(size) <= SIZES[1]:
-        raise InputError(f"--size {size}: images here are square; use one whole number from {SIZES[0]} to {SIZES[1]}")
-    size = int(size)
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise InputError(f"images of {size} px: the size must be from {SIZES[0]} to {SIZES[1]}")
     if channels not in (1, 3):
-        raise InputError(f"--channels {channels}: use 3 (RGB) or 1 (grey)")
+        raise InputError(f"{channels} image channels: use 3 (RGB) or 1 (grey)")
     if source == "auto" and not revision:
         return _prepare_auto(size, channels=channels, cache=cache, progress=progress)
     found = find_source(str(source), revision)
@@ -688,6 +694,7 @@ def prepare(
 
 
 def _prepare_auto(size: int, **options) -> Dataset:
+    """Prepares the Smithsonian butterflies, or synthetic ones if that fails, and prints which and why."""
     try:
         dataset = prepare("smithsonian", size, **options)
     except InputError as error:
@@ -698,15 +705,15 @@ def _prepare_auto(size: int, **options) -> Dataset:
 
 
 def _cache_key(source: Source, size: int, channels: int) -> str:
-    """Hashes the source, its revision, name, length and time of each file, and what decides the prepared data."""
+    """Hashes what the prepared data depends on: source, revision, files with length and time, size, descriptor."""
     listing = []
     for name in source.files:
         try:
             stat = os.stat(source.root / name)
             listing.append((name, stat.st_size, stat.st_mtime_ns))
-        except OSError:  # a broken link: it is named and skipped when it is decoded
+        except OSError:  # a broken link, which is reported and skipped at decoding
             listing.append((name, None, None))
-    descriptor = [NEAR_DUPLICATE, CELLS]
+    descriptor = [NEAR_DUPLICATE, DESCRIPTOR_CELLS]
     facts = [FORMAT, descriptor, source.kind, source.name, source.revision, size, channels, listing]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -716,7 +723,7 @@ def _fill(folder: Path, source: Source, size: int, channels: int, progress: bool
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         total, classes, items = READERS[source.kind](source, Path(scratch))
         labels, digests, skipped = _decode_all(folder / "images.bin", items, total, size, channels, progress)
-        del items  # it holds the Arrow file open, which some systems then refuse to delete
+        del items  # it keeps the Arrow file open, which some systems refuse to delete
     if len(skipped) > 0.01 * total:
         shown = "; ".join([*skipped[:3], "..."][: len(skipped)])
         raise InputError(
@@ -730,9 +737,9 @@ def _fill(folder: Path, source: Source, size: int, channels: int, progress: bool
     images = np.memmap(folder / "images.bin", np.uint8, "r", shape=shape)
     checksum = fingerprint = data_fingerprint(images, labels, classes)
     if source.kind == "synthetic":
-        # Every specimen has its own random numbers, so that none is a copy.
+        # Each has its own random numbers, so that none is a near-duplicate.
         groups = np.arange(len(images))
-        recipe = [recipe_name(source.name), source.revision, shape]
+        recipe = [original_name(source.name), source.revision, shape]
         fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     else:
         groups = near_duplicates(images)
@@ -759,11 +766,11 @@ def _decode_all(path: Path, items: Iterable[Item], total: int, size: int, channe
 
     labels, digests, skipped, items = [], [], [], iter(items)
     decode_one = functools.partial(_decode_item, size=size, channels=channels)
-    # Warning filters belong to the process, so they are set here and not in each thread.
+    # Warning filters apply to the process, so they are set here and not in each thread.
     with warnings.catch_warnings(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         bar = tqdm(desc="preparing", total=total, disable=None if progress else True, unit="image")
-        while chunk := list(itertools.islice(items, 256)):  # few at a time, so that memory stays flat
+        while chunk := list(itertools.islice(items, 4 * os.cpu_count())):  # few at a time, to bound the memory
             for item, (digest, pixels) in zip(chunk, pool.map(decode_one, chunk), strict=True):
                 bar.update()
                 if isinstance(pixels, str):
@@ -779,7 +786,7 @@ def _decode_all(path: Path, items: Iterable[Item], total: int, size: int, channe
 
 
 def _decode_item(item: Item, size: int, channels: int) -> tuple:
-    """Returns digest and pixels, uint8 (channels, size, size), of an item; of a damaged one, None and the reason."""
+    """Returns an item's digest and pixels, uint8 (channels, size, size); for a damaged one None and the reason."""
     encoded = item.encoded
     try:
         if isinstance(encoded, Path):
@@ -788,7 +795,7 @@ def _decode_item(item: Item, size: int, channels: int) -> tuple:
             return hashlib.sha256(encoded).digest(), decode(encoded, size, channels)
         image = _to_mode(Image.fromarray(encoded(size).transpose(1, 2, 0)), channels)
         return hashlib.sha256(item.name.encode()).digest(), _pixels(image)
-    except Exception as error:  # decoders raise nearly anything for a damaged file
+    except Exception as error:  # decoders raise many types for a damaged file
         return None, reason(error)
 
 
@@ -807,11 +814,11 @@ def _dense_labels(labels: list, classes: tuple | None) -> tuple[ndarray | None, 
 
 
 def _commit(scratch: Path, folder: Path) -> None:
-    """Moves a finished folder to its place. If another process was faster, its folder stays."""
+    """Renames a finished folder to its place, unless another process was faster."""
     try:
         scratch.rename(folder)
     except OSError:
-        if _open(folder) is None:  # damaged: that is why this process prepared it again
+        if _open(folder) is None:  # damaged, and therefore prepared again
             shutil.rmtree(folder)
             scratch.rename(folder)
 
@@ -823,7 +830,7 @@ def _open(folder: Path) -> Dataset | None:
         shape, classes = tuple(meta["shape"]), tuple(meta["classes"])
         if meta["format"] != FORMAT or (folder / "images.bin").stat().st_size != math.prod(shape):
             return None
-        # Copy on write: PyTorch warns of an array that is not writable, and the file stays as it is all the same.
+        # Copy-on-write, because PyTorch warns about arrays that are not writable.
         images = np.memmap(folder / "images.bin", np.uint8, "c", shape=shape)
         digests = np.load(folder / "digests.npy")
         groups = np.load(folder / "groups.npy")
@@ -862,31 +869,23 @@ def data_fingerprint(images: ndarray, labels: ndarray | None, classes: tuple[str
 
 
 def split(dataset: Dataset) -> tuple[ndarray, ndarray]:
-    """Returns (train, held_out): ascending int64 indices, chosen by content, whatever the order of the images.
+    """Returns (train, held_out): ascending int64 indices, chosen by content and not by the order of the images.
 
-    About n/7 images are held out up to n = 700, then 100, then n/50. Near-duplicates stay on one side. At another size
-    the same images are chosen, unless a pair is closer than NEAR_DUPLICATE at one size only.
+    About n/7 images are held out up to n = 700, then 100, then n/50: whole groups of near-duplicates, in the order of
+    their smallest digest. At another size
+    the same images are chosen, except that a pair may be near-duplicates at one size only.
     """
-    return choose_held_out(dataset.groups, dataset.digests)
-
-
-def choose_held_out(groups: ndarray, digests: ndarray) -> tuple[ndarray, ndarray]:
-    """Holds out whole groups, in the order of their smallest digest, until there are enough images.
-
-    groups   int64 (N,): images with the same number stay together
-    digests  uint8 (N, 32)
-    """
-    n = len(groups)
+    n = len(dataset.groups)
     target = min(max(1, n // 7), max(100, n // 50))
     members = {}
-    for i in sorted(range(n), key=lambda i: digests[i].tobytes()):
-        members.setdefault(int(groups[i]), []).append(i)
-    ranked = list(members.values())  # a dict keeps its order: here that of each group's smallest digest
+    for i in sorted(range(n), key=lambda i: dataset.digests[i].tobytes()):
+        members.setdefault(int(dataset.groups[i]), []).append(i)
+    ranked = list(members.values())  # in the order of each group's smallest digest
     held = _add_groups([], ranked, target, most=1.5 * target)
     if len(held) < target:  # the groups left would exceed the target by half: add the smallest, up to n/2 in all
         rest = [group for group in ranked if group[0] not in held]
         held = _add_groups(held, sorted(rest, key=len), target, most=n / 2)
-    if not held:  # nearly all images are alike, and no split is clean
+    if not held:  # nearly all images are near-duplicates: no clean split exists
         held = [i for group in ranked for i in group][:target]
     held_out = np.array(sorted(held), np.int64)
     return np.setdiff1d(np.arange(n), held_out), held_out
@@ -906,8 +905,8 @@ def _add_groups(held: list, groups: list, target: int, most: float) -> list:
 def near_duplicates(images: ndarray, chunk: int = 512) -> ndarray:
     """Groups uint8 (N, C, H, W) images: int64 (N,), equal numbers for images linked by a chain of near-duplicates.
 
-    Two images are near-duplicates if the RMS difference of their 8 x 8 area means, or of one and the other's mirror
-    image, is at most NEAR_DUPLICATE. Every such pair is found without comparing all pairs: the mean of the cells equals
+    Two images are near-duplicates if the RMS difference of their 8 x 8 area means, one of them mirrored or not, is at
+    most NEAR_DUPLICATE. Every such pair is found without comparing all pairs: the mean of the cells equals
     that of the mirror image, and two means differ by no more than the RMS difference, so that with the images sorted by
     mean only a window behind each image can hold its duplicates.
 
@@ -930,7 +929,7 @@ def near_duplicates(images: ndarray, chunk: int = 512) -> ndarray:
                 products = left.astype(np.float64).reshape(len(left), -1) @ right.T
                 distances = squares[here, None] + squares[there] - 2 * products
                 rows, columns = np.nonzero(distances <= limit)
-                _union(parents, rows + start, columns + other)
+                _join(parents, rows + start, columns + other)
     groups = np.empty(len(cells), np.int64)
     groups[order] = order[parents]
     return groups
@@ -938,14 +937,14 @@ def near_duplicates(images: ndarray, chunk: int = 512) -> ndarray:
 
 def _area_means(images: ndarray) -> ndarray:
     """Returns float32 (N, C, 8, 8) area means, in levels, of uint8 (N, C, H, W) images, read in chunks."""
-    cells = np.empty((*images.shape[:2], CELLS, CELLS), np.float32)
+    cells = np.empty((*images.shape[:2], DESCRIPTOR_CELLS, DESCRIPTOR_CELLS), np.float32)
     for start in range(0, len(images), 256):
         levels = torch.from_numpy(images[start : start + 256].astype(np.float32))
-        cells[start : start + 256] = torch.nn.functional.adaptive_avg_pool2d(levels, CELLS).numpy()
+        cells[start : start + 256] = torch.nn.functional.adaptive_avg_pool2d(levels, DESCRIPTOR_CELLS).numpy()
     return cells
 
 
-def _union(parents: ndarray, rows: ndarray, columns: ndarray) -> None:
+def _join(parents: ndarray, rows: ndarray, columns: ndarray) -> None:
     """Joins each pair (rows[k], columns[k]) in place (union-find); every parent is a root before and after."""
     while not np.array_equal(parents[rows], parents[columns]):
         a, b = parents[rows], parents[columns]
@@ -959,7 +958,7 @@ def _union(parents: ndarray, rows: ndarray, columns: ndarray) -> None:
 
 @dataclass(frozen=True)
 class Number:
-    """An argparse type: an int or a float in a range, written in decimal, refused in a sentence."""
+    """A type for argparse: an int or a float in a range, in decimal notation."""
 
     kind: type
     least: float
@@ -980,7 +979,7 @@ class Number:
         return f"{name} from {self.least} to {self.most}"
 
 
-DECIMAL = r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(e[+-]?[0-9]{1,3})?"
+DECIMAL = r"-?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?"
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Number:
@@ -993,7 +992,7 @@ def real(least: float, most: float = math.inf) -> Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. A command line is a table of them, {title: [flags]}."""
+    """One flag of a command line, or parameter of the server. A command line is a table {title: [flags]}."""
 
     name: str  # "--batch-size"
     default: object
@@ -1007,7 +1006,7 @@ class Flag:
 
     @property
     def wanted(self) -> str:
-        """Says what a value must be."""
+        """What a value must be, for an error message."""
         if isinstance(self.type, tuple):
             return f"one of: {', '.join(self.type)}"
         return str(self.type)
@@ -1021,7 +1020,7 @@ class Flag:
         return text
 
     def accepts(self, value) -> bool:
-        """Returns whether a value from a JSON file is one that the flag could have given."""
+        """Returns whether a value from a JSON file is valid for the flag."""
         if self.type is bool or value is self.default:
             return isinstance(value, bool) or value is self.default
         try:
@@ -1031,20 +1030,20 @@ class Flag:
 
 
 def as_text(value) -> str:
-    """Returns a value as one would write it on the command line."""
+    """Returns a value in the notation of the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports a bad flag in one sentence, and ends --help with a module's examples.
+    """An argparse parser that reports a bad flag in one sentence.
 
-    These are the second paragraph of the module's docstring.
+    Its --help ends with the examples in the second paragraph of the module's docstring.
     """
 
     def __init__(self, prog: str, description: str, docstring: str, **options):
-        examples = "examples:\n" + docstring.split("\n\n")[1]
+        examples = "\n".join(["examples:", *(docstring or "").split("\n\n")[1:2]])  # python -OO has no docstrings
         formatter = argparse.RawDescriptionHelpFormatter
         texts = {"description": description, "epilog": examples, "formatter_class": formatter}
         super().__init__(prog, allow_abbrev=False, **texts, **options)
@@ -1066,14 +1065,15 @@ def add_flags(parser: argparse.ArgumentParser, table: dict) -> None:
                 how = {"choices": flag.type}
             elif flag.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
-            text = flag.help.replace("%", "%%")
+            text = flag.help
             if flag.default not in (None, argparse.SUPPRESS):
                 text += f" (default: {flag.default})"
+            text = text.replace("%", "%%")
             group.add_argument(flag.name, default=flag.default, help=text, **how | flag.options | {"dest": flag.dest})
 
 
 def exit_status(work: Callable) -> int:
-    """Runs a command: its own status or 0; 2 and one sentence on stderr for bad input; 130 for Ctrl-C."""
+    """Runs a command and returns its exit status: 0 or its own; 2, with one sentence, for bad input; 130 for Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be invalid UTF-8
     try:
@@ -1082,7 +1082,7 @@ def exit_status(work: Callable) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; on a CPU only the message tells.
+        # torch.OutOfMemoryError is a RuntimeError; on a CPU only the message identifies it.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         print("error: out of memory; choose a smaller --batch-size or --size", file=sys.stderr)
@@ -1094,10 +1094,10 @@ def exit_status(work: Callable) -> int:
 
 FLAGS = {
     "dataset": [
-        Flag("--size", "64", str, "side of the images in pixels, 8 to 1024"),
+        Flag("--size", 64, whole(*SIZES), "width and height of the images in pixels"),
         Flag("--channels", 3, whole(1, 3), "3 for colour, 1 for grey"),
-        Flag("--revision", None, str, "branch, tag or commit of a hub id (default: the newest)"),
-        Flag("--out", Path("data.png"), Path, "picture to write"),
+        Flag("--revision", None, str, "branch, tag or commit of a Hugging Face dataset (default: the newest)"),
+        Flag("--out", Path("data.png"), Path, "PNG file to write, with a grid of up to 64 images"),
     ]
 }
 
@@ -1106,9 +1106,7 @@ def print_summary(dataset: Dataset, out: Path) -> None:
     """Verifies a dataset, prints what is in it and writes a grid of up to 64 images to `out`."""
     n, channels, size, _ = dataset.images.shape
     colours = {1: "grey", 3: "RGB"}[channels]
-    revision = ""
-    if dataset.revision:
-        revision = f" at revision {dataset.revision}"
+    revision = f" at revision {dataset.revision}" if dataset.revision else ""
     print(f"source       {dataset.source}{revision}")
     print(f"images       {n:,} of {size} x {size} pixels, {colours}")
     print(f"prepared in  {dataset.folder} ({dataset.images.nbytes / 1e6:,.1f} MB)")
@@ -1136,8 +1134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of images, .parquet file or folder of them, hub id (org/name), smithsonian, synthetic, "
-        "synthetic:N, synthetic:N:SEED, or auto",
+        help="folder of images, .parquet file or folder of them, Hugging Face dataset id (org/name), smithsonian, "
+        "synthetic, synthetic:N, synthetic:N:SEED, or auto",
     )
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)

@@ -4,9 +4,10 @@ Notation: x_t = alpha_t x0 + sigma_t eps with alpha_t^2 = alpha_bar_t and alpha_
 lambda = log(alpha/sigma) is half the log signal-to-noise ratio. Tables are float64 on the CPU, computed once, and are
 applied in the precision of the state, float32 or better.
 
-A step is one call of the network for each image. A sampler is a function (schedule, timesteps) -> table, with one row a
-step, and `step` applies one row to each image. Every sampler here is linear in x, in earlier estimates and in fresh
-noise, so a row is a small matrix, and images at different steps of different samplers can share a call of the network.
+A step is one call of the network for each image. Every sampler here is linear in x, in earlier estimates of x0 and in
+fresh noise, so it is a function (schedule, timesteps) that returns a small matrix for each step. `sampler_table` makes
+a table of them, one row a step, and `step` applies one row to each image: images at different steps of different
+samplers can share a call of the network.
 """
 
 import math
@@ -151,7 +152,7 @@ def training_table(schedule: Schedule, loss: str = "mse", gamma: float = 5.0) ->
     alpha, sigma = schedule.alpha, schedule.sigma
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     snr = alpha**2 / sigma**2
-    # The last number: the squared error of the prediction in units of the squared error of x0.
+    # ratio: squared error of the prediction / squared error of x0
     on_x0, on_eps, ratio = {
         "epsilon": (zero, one, snr),
         "sample": (one, zero, one),
@@ -203,17 +204,17 @@ def timestep_cdf(schedule: Schedule, density: str = "uniform", mean: float = -1.
 
 
 def choose_timesteps(cdf: Tensor, uniform: Tensor) -> Tensor:
-    """Turns uniform numbers in [0, 1) into int64 timesteps, by inversion of their distribution."""
+    """Turns uniform numbers in [0, 1) into int64 timesteps, by inverse transform sampling."""
     return torch.searchsorted(cdf, uniform.to(cdf.dtype), right=True).clamp(max=len(cdf) - 1)
 
 
 # ---- samplers: tables of coefficients --------------------------------------------------------------------------------
 
-# A row of a table: the timestep, the coefficients of x and of the network's output in the estimate of x0, the bound
-# that clamps this estimate, and a matrix that maps the old state to the new one.
+# Columns of a sampler's table: the timestep, the coefficients of x and of the network's output in the estimate of x0,
+# the bound to which this estimate is clamped and, flattened, the matrix that maps the old state to the new one.
 TIMESTEP, X0_FROM_X, X0_FROM_OUTPUT, CLIP, MATRIX = range(5)
-# The state is x and three memories, which each sampler uses as it needs. The matrix has a row for each of them, and a
-# column for each of them, the new estimate of x0, and fresh noise.
+# The state is x and three memories, in which a sampler keeps what it needs of earlier steps. These four are the rows of
+# the matrix, and its first four columns; the others are the new estimate of x0 and fresh noise.
 X, M1, M2, M3, X0, NOISE = range(6)
 STATE, TERMS = 4, 6
 
@@ -264,47 +265,32 @@ def _uniform_in_lambda(schedule: Schedule, steps: int) -> list[int]:
     return [max(time, steps - 1 - i) for i, time in enumerate(times)]  # and back up, where that went below 0
 
 
-def _path(schedule: Schedule, times: Sequence[int]) -> tuple[Tensor, ...]:
-    """Returns alpha_bar, alpha and sigma, (S + 1,) each: at the listed timesteps and, last, at the clean image."""
+def _levels(schedule: Schedule, times: Sequence[int]) -> tuple[Tensor, ...]:
+    """Returns alpha_bar, alpha and sigma, (S + 1,) each: at the S listed timesteps and, last, at the clean image."""
     alpha_bar = torch.cat([schedule.alpha_bar[list(times)], torch.ones(1, dtype=torch.float64)])
     return alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def _table(schedule: Schedule, times: Sequence[int], matrix: Tensor) -> Tensor:
-    """Adds the columns that are the same for all samplers to a sampler's matrices (S, 4, 6): a table (S, 28)."""
-    _, alpha, sigma = (values[:-1] for values in _path(schedule, times))
-    table = torch.empty(len(times), MATRIX, dtype=torch.float64)
-    table[:, TIMESTEP] = torch.tensor(times)
-    if schedule.prediction_type == "epsilon":
-        table[:, X0_FROM_X], table[:, X0_FROM_OUTPUT] = 1 / alpha, -sigma / alpha
-    elif schedule.prediction_type == "sample":
-        table[:, X0_FROM_X], table[:, X0_FROM_OUTPUT] = 0, 1
-    elif schedule.prediction_type == "v_prediction":
-        table[:, X0_FROM_X], table[:, X0_FROM_OUTPUT] = alpha, -sigma
-    table[:, CLIP] = schedule.clip_sample_range if schedule.clip_sample else math.inf
-    assert table[:, :CLIP].isfinite().all() and matrix.isfinite().all()
-    return torch.cat([table, matrix.flatten(1)], dim=1)
-
-
-def _zeros(times: Sequence[int]) -> Tensor:
+def _no_terms(times: Sequence[int]) -> Tensor:
+    """Returns the matrices of S steps, (S, 4, 6), with all coefficients 0."""
     return torch.zeros(len(times), STATE, TERMS, dtype=torch.float64)
 
 
 def ddpm(schedule: Schedule, times: Sequence[int]) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2 and eq. 7), respaced to the listed timesteps (Nichol & Dhariwal
     2021, section 4). No noise is added at the last step, whatever its timestep."""
-    alpha_bar, _, _ = _path(schedule, times)
+    alpha_bar, _, _ = _levels(schedule, times)
     now, previous = alpha_bar[:-1], alpha_bar[1:]
     alpha = now / previous
     beta = 1 - alpha
     variance = beta
     if schedule.variance_type == "fixed_small":
         variance = beta * (1 - previous) / (1 - now)
-    matrix = _zeros(times)
+    matrix = _no_terms(times)
     matrix[:, X, X] = alpha.sqrt() * (1 - previous) / (1 - now)
     matrix[:, X, X0] = previous.sqrt() * beta / (1 - now)
     matrix[:-1, X, NOISE] = variance[:-1].sqrt()
-    return _table(schedule, times, matrix)
+    return matrix
 
 
 def ddim(schedule: Schedule, times: Sequence[int], eta: float = 0.0) -> Tensor:
@@ -313,40 +299,36 @@ def ddim(schedule: Schedule, times: Sequence[int], eta: float = 0.0) -> Tensor:
     eta 0 is deterministic, eta 1 adds as much noise as ancestral sampling. A step goes to the next listed timestep, and
     epsilon is derived from the clipped x0.
     """
-    alpha_bar, alpha, sigma = _path(schedule, times)
+    alpha_bar, alpha, sigma = _levels(schedule, times)
     now, previous = alpha_bar[:-1], alpha_bar[1:]
     noise = eta * ((1 - previous) / (1 - now) * (1 - now / previous)).sqrt()
     direction = (1 - previous - noise**2).clamp(min=0).sqrt() / sigma[:-1]  # times x - alpha X0 = sigma eps
-    matrix = _zeros(times)
+    matrix = _no_terms(times)
     matrix[:, X, X] = direction
     matrix[:, X, X0] = alpha[1:] - direction * alpha[:-1]
     matrix[:-1, X, NOISE] = noise[:-1]
-    return _table(schedule, times, matrix)
+    return matrix
 
 
 def dpm_solver_pp(schedule: Schedule, times: Sequence[int]) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). Memory 1 is the last estimate of x0.
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). Memory 1 is the last estimate of x0."""
+    _, alpha, sigma = _levels(schedule, times)
+    matrix = _no_terms(times)
+    matrix[:, X, X], matrix[:, X, X0], matrix[:, X, M1] = _multistep(alpha, sigma)
+    matrix[:, M1, X0] = 1
+    return matrix
 
-    It is of first order at the first step and at the last one, which ends at sigma = 0.
+
+def _multistep(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+    """Returns the coefficients of DPM-Solver++(2M), (S,) each: of x, of the new estimate of x0 and of the last one.
+
+    The first step, which has no last estimate, and the last step, which ends at sigma = 0, are of first order.
     """
-    _, alpha, sigma = _path(schedule, times)
     h = torch.diff((alpha / sigma).log())
-    matrix = _zeros(times)
-    for i in range(len(times)):
-        slope = _slope(h, i)  # times X0 - M1
-        gain = -alpha[i + 1] * torch.expm1(-h[i])
-        matrix[i, X, X] = sigma[i + 1] / sigma[i]
-        matrix[i, X, X0] = gain * (1 + slope)
-        matrix[i, X, M1] = -gain * slope
-        matrix[i, M1, X0] = 1
-    return _table(schedule, times, matrix)
-
-
-def _slope(h: Tensor, i: int) -> float:
-    """Coefficient of the difference of the last two estimates of x0 in step i; 0 at the first and the last step."""
-    if 0 < i < len(h) - 1:
-        return float(0.5 * h[i] / h[i - 1])
-    return 0.0
+    gain = -alpha[1:] * torch.expm1(-h)
+    slope = torch.zeros_like(h)
+    slope[1:-1] = 0.5 * h[1:-1] / h[:-2]
+    return sigma[1:] / sigma[:-1], gain * (1 + slope), -gain * slope
 
 
 def unipc(schedule: Schedule, times: Sequence[int]) -> Tensor:
@@ -354,43 +336,41 @@ def unipc(schedule: Schedule, times: Sequence[int]) -> Tensor:
 
     Each step first corrects the x predicted by the last step, with the estimate of x0 made from it, then predicts the
     next x with DPM-Solver++(2M): one call of the network. Memories: M1 is the corrected x and M2 the estimate of the
-    last step, M3 the estimate before it. It is of first order at the first step and the last.
+    last step, M3 the estimate before it.
     """
-    _, alpha, sigma = _path(schedule, times)
-    h = torch.diff((alpha / sigma).log())
-    matrix = _zeros(times)
-    for i in range(len(times)):
-        corrected = _unipc_corrector(alpha, sigma, h, i)
-        slope = _slope(h, i)  # times X0 - M2
-        gain = -alpha[i + 1] * torch.expm1(-h[i])
-        matrix[i, X] = sigma[i + 1] / sigma[i] * corrected
-        matrix[i, X, X0] += gain * (1 + slope)
-        matrix[i, X, M2] -= gain * slope
-        matrix[i, M1] = corrected
-        matrix[i, M2, X0] = 1
-        matrix[i, M3, M2] = 1
-    return _table(schedule, times, matrix)
+    _, alpha, sigma = _levels(schedule, times)
+    corrected = _unipc_corrector(alpha[:-1], sigma[:-1])
+    on_x, on_x0, on_last = _multistep(alpha, sigma)
+    matrix = _no_terms(times)
+    matrix[:, X] = on_x[:, None] * corrected
+    matrix[:, X, X0] += on_x0
+    matrix[:, X, M2] += on_last
+    matrix[:, M1] = corrected
+    matrix[:, M2, X0] = 1
+    matrix[:, M3, M2] = 1
+    return matrix
 
 
-def _unipc_corrector(alpha: Tensor, sigma: Tensor, h: Tensor, i: int) -> Tensor:
-    """Returns the corrected x of step i as coefficients of the terms, (6,)."""
-    corrected = torch.zeros(TERMS, dtype=torch.float64)
-    if i == 0:
-        corrected[X] = 1
-        return corrected
-    gain = -alpha[i] * torch.expm1(-h[i - 1])
-    on_m2, on_x0 = 0.0, 0.5  # times M2 - M3, and times X0 - M2
-    if i > 1:
-        q, ratio = -h[i - 1], -h[i - 2] / h[i - 1]
-        e = torch.expm1(q)
-        b1 = (e / q - 1) / e
-        b2 = 2 * ((e / q - 1) / q - 0.5) / e
-        rho = (b1 - b2) / (1 - ratio)
-        on_m2, on_x0 = -rho / ratio, b1 - rho
-    corrected[M1] = sigma[i] / sigma[i - 1]
-    corrected[X0] = gain * on_x0
-    corrected[M2] = gain * (1 + on_m2 - on_x0)
-    corrected[M3] = -gain * on_m2
+def _unipc_corrector(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns the corrected x of each of S steps as coefficients of the terms, (S, 6), for alpha and sigma (S,).
+
+    The first step corrects nothing, and the second is of first order.
+    """
+    h = torch.diff((alpha / sigma).log())  # of the steps before: one less
+    gain = -alpha[1:] * torch.expm1(-h)
+    on_m2, on_x0 = torch.zeros_like(h), torch.full_like(h, 0.5)  # times M2 - M3, and times X0 - M2
+    q, ratio = -h[1:], -h[:-1] / h[1:]
+    e = torch.expm1(q)
+    b1 = (e / q - 1) / e
+    b2 = 2 * ((e / q - 1) / q - 0.5) / e
+    rho = (b1 - b2) / (1 - ratio)
+    on_m2[1:], on_x0[1:] = -rho / ratio, b1 - rho
+    corrected = torch.zeros(len(alpha), TERMS, dtype=torch.float64)
+    corrected[0, X] = 1
+    corrected[1:, M1] = sigma[1:] / sigma[:-1]
+    corrected[1:, X0] = gain * on_x0
+    corrected[1:, M2] = gain * (1 + on_m2 - on_x0)
+    corrected[1:, M3] = -gain * on_m2
     return corrected
 
 
@@ -400,22 +380,25 @@ def ipndm(schedule: Schedule, times: Sequence[int]) -> Tensor:
     Adams-Bashforth steps of d(x/alpha) = eps d(sigma/alpha), with the coefficients of equal steps. The memories are the
     last three estimates of eps. The first steps are of order 1, 2 and 3, and the last is of order 1.
     """
-    _, alpha, sigma = _path(schedule, times)
-    adams_bashforth = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-    matrix = _zeros(times)
-    for i in range(len(times)):
-        eps = torch.zeros(TERMS, dtype=torch.float64)
-        eps[X], eps[X0] = 1 / sigma[i], -alpha[i] / sigma[i]
-        matrix[i, X] = sigma[i + 1] * eps  # DDIM, order 1, in a form that holds for alpha = 0
-        matrix[i, X, X0] += alpha[i + 1]
-        if 0 < i < len(times) - 1:
-            step = sigma[i + 1] - alpha[i + 1] * sigma[i] / alpha[i]  # alpha times the change of sigma/alpha
-            first, *rest = adams_bashforth[min(i, 3)]
-            matrix[i, X] += step * (first - 1) * eps
-            for memory, coefficient in zip((M1, M2, M3), rest, strict=False):
-                matrix[i, X, memory] += step * coefficient
-        matrix[i, M1], matrix[i, M2, M1], matrix[i, M3, M2] = eps, 1, 1
-    return _table(schedule, times, matrix)
+    _, alpha, sigma = _levels(schedule, times)
+    eps = torch.zeros(len(times), TERMS, dtype=torch.float64)
+    eps[:, X], eps[:, X0] = 1 / sigma[:-1], -alpha[:-1] / sigma[:-1]
+    adams_bashforth = [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]]
+    adams_bashforth += [[55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    order = torch.arange(len(times)).clamp(max=3)
+    order[-1] = 0
+    weights = torch.tensor(adams_bashforth, dtype=torch.float64)[order]
+    length = sigma[1:] - alpha[1:] * sigma[:-1] / alpha[:-1]  # alpha times the change of sigma/alpha
+    length[0] = 0  # unused, and infinite for alpha = 0
+    matrix = _no_terms(times)
+    matrix[:, X] = sigma[1:, None] * eps  # DDIM, order 1, in a form that holds for alpha = 0
+    matrix[:, X, X0] += alpha[1:]
+    matrix[:, X] += (length * (weights[:, 0] - 1))[:, None] * eps
+    matrix[:, X, M1 : M3 + 1] += length[:, None] * weights[:, 1:]
+    matrix[:, M1] = eps
+    matrix[:, M2, M1] = 1
+    matrix[:, M3, M2] = 1
+    return matrix
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp, "unipc": unipc, "ipndm": ipndm}
@@ -443,22 +426,34 @@ def sampler_table(
     default_steps, default_spacing = min(DEFAULT_STEPS, schedule.num_train_timesteps), DEFAULT_SPACING
     if sampler == "ddpm":
         default_steps, default_spacing = schedule.num_train_timesteps, schedule.timestep_spacing
-    if steps is None:
-        steps = default_steps
-    times = timesteps(schedule, steps, spacing or default_spacing)
-    if sampler == "ddim":
-        return ddim(schedule, times, eta)
-    return SAMPLERS[sampler](schedule, times)
+    times = timesteps(schedule, default_steps if steps is None else steps, spacing or default_spacing)
+    options = {"eta": eta} if sampler == "ddim" else {}
+    return table_of(schedule, times, SAMPLERS[sampler](schedule, times, **options))
+
+
+def table_of(schedule: Schedule, times: Sequence[int], matrix: Tensor) -> Tensor:
+    """Returns the table (S, 28) of a sampler's matrices (S, 4, 6) for S timesteps of a schedule."""
+    _, alpha, sigma = (values[:-1] for values in _levels(schedule, times))
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    x0_from_x, x0_from_output = {
+        "epsilon": (1 / alpha, -sigma / alpha),
+        "sample": (zero, one),
+        "v_prediction": (alpha, -sigma),
+    }[schedule.prediction_type]
+    clip = schedule.clip_sample_range if schedule.clip_sample else math.inf
+    columns = torch.stack([torch.tensor(times).double(), x0_from_x, x0_from_output, one * clip], dim=1)
+    assert columns[:, :CLIP].isfinite().all() and matrix.isfinite().all()
+    return torch.cat([columns, matrix.flatten(1)], dim=1)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def up_to(schedule: Schedule, strength: float) -> Schedule:
-    """Returns the first `strength` (above 0, at most 1) of a schedule's timesteps, as a schedule.
+def truncated(schedule: Schedule, strength: float) -> Schedule:
+    """Returns a schedule of the first timesteps of another: the share `strength` of them, above 0 and at most 1.
 
-    An image that is noised to its last timestep is denoised on it like any other (Meng et al. 2022, "SDEdit", section
-    3). Raises ValueError for another number.
+    A picture noised to its last timestep can be denoised with it (Meng et al. 2022, "SDEdit", section 3). Raises
+    ValueError for another number.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength:g}")
@@ -473,10 +468,10 @@ def up_to(schedule: Schedule, strength: float) -> Schedule:
 
 
 def guided(network: Callable, guidance: float, null: int) -> Callable:
-    """Returns a network with classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is guidance - 1).
+    """Returns a network with classifier-free guidance (Ho & Salimans 2022, eq. 6, with w = guidance - 1).
 
-    Its prediction is the one without a class (label `null`) plus `guidance` times the difference that the class makes,
-    from one call for both.
+    Its prediction is p(null) + guidance * (p(class) - p(null)), where p(label) is the network's. Both come from one
+    call.
     """
 
     def predict(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

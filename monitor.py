@@ -1,8 +1,8 @@
-"""Images or runs in, verdicts out: how close images are to real ones, and which are copies of training images.
+"""Images or runs in, metrics out: distance to real images, and copies of training images.
 
     python monitor.py quality                            samples from the newest run, against images it has not seen
-    python monitor.py quality runs/x -n 5000             more of them, for a smaller interval
-    python monitor.py quality birds/ --real photos/      any images against any others
+    python monitor.py quality runs/x -n 5000             more samples, for a narrower interval
+    python monitor.py quality birds/ --real photos/      one set of images against another
 
 Everything is measured on the features of a small network of our own (`Features`), which was trained once on synthetic
 butterflies and never changes. Numbers are comparable between runs, but not with anyone else's "FID" or "KID".
@@ -35,7 +35,7 @@ FEATURES_HASH = "a3daaf4402247b69d568ca1730fa2f0524006d7d2ef808b7127dc9ce8bc2840
 
 
 class Features(nn.Module):
-    """Maps uint8 images (N, 1 or 3, H, W) to float32 (N, 128), with mean 0 and deviation 1 on synthetic butterflies.
+    """Maps uint8 images (N, 1 or 3, H, W) to float32 (N, 128), standardised on synthetic butterflies.
 
     `builtin/features.py` trained it to classify the families of synthetic butterflies and to estimate how much each had
     been damaged. It scales images to 64 x 64 pixels, so it does not see the finest detail of larger ones.
@@ -211,30 +211,25 @@ class Images:
     classes: tuple[str, ...]
 
     def rows(self, rows: Tensor) -> "Images":
-        labels = self.labels
-        if labels is not None:
-            labels = labels[rows]
+        labels = None if self.labels is None else self.labels[rows]
         return replace(self, pixels=self.pixels[rows], labels=labels)
 
 
 def read_images(source: str, shape: tuple, revision: str | None = None) -> tuple[Images, data.Dataset]:
     """Reads a source of data.prepare at a shape (channels, height, width)."""
     dataset = data.prepare(source, shape[1], channels=shape[0], revision=revision)
-    labels = None
-    if dataset.labels is not None:
-        labels = torch.from_numpy(dataset.labels)
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     pixels = torch.from_numpy(dataset.images)
     return Images(dataset.source, dataset.fingerprint, pixels, labels, dataset.classes), dataset
 
 
 def random_subset(images: Images, count: int) -> Images:
-    """Chooses at most `count` images at random; of synthetic ones at most half.
+    """Chooses at most `count` images at random.
 
-    The families of synthetic images take turns, so a plain subset would have fewer pairs of one family than a random
-    set, and KID would be biased downwards. Families are chosen at random instead, and from each as many images as it
-    was chosen times.
+    Synthetic images have equally many of each family, so that a subset of them varies less than a random set, and KID
+    would be biased downwards. Of these, the families are chosen at random first, which takes at most half of them.
     """
-    random = data.generator("some", data.recipe_name(images.source))
+    random = data.generator("some", data.original_name(images.source))
     if not data.is_synthetic(images.source):
         return images.rows(torch.randperm(len(images.pixels), generator=random)[:count])
     count = min(count, len(images.pixels) // 2)
@@ -243,6 +238,7 @@ def random_subset(images: Images, count: int) -> Images:
 
 
 def unseen_synthetic(shape: tuple) -> Images:
+    """Returns 2,000 synthetic images with a seed that no model was trained on."""
     return random_subset(read_images(UNSEEN, shape)[0], 2000)
 
 
@@ -300,14 +296,14 @@ def sample_like(model: sample.Model, seed: int, count: int, real: Images, table:
 
 
 def read_subject(args: argparse.Namespace) -> tuple:
-    """Returns the images to judge, training images, real images, and what made the images to judge."""
-    path, which = sample.find_model(args.subject)
-    if args.subject is None:
+    """Returns the images to evaluate, training images, real images, and what made the images to evaluate."""
+    path, which = sample.find_model(args.subject or None)
+    if not args.subject:
         print(which)
     is_model = any((path / name).exists() for name in ("model", "unet", "config.json"))
     if not is_model:
         size = args.size or 64
-        images, _ = read_images(str(path), (3, size, size))
+        images, _ = read_images(args.subject, (3, size, size))
         training, real = references(args, path, (3, size, size))
         made_by = {"source": images.source, "fingerprint": images.fingerprint}
         return random_subset(images, args.n).pixels, training, real, made_by
@@ -330,12 +326,12 @@ def read_subject(args: argparse.Namespace) -> tuple:
 
 
 def report_quality(args: argparse.Namespace) -> None:
-    """Prints a row for the images, and one for as many training images, which a perfect model would equal."""
+    """Prints the quality of the images and, for comparison, of as many training images."""
     network = load_features()
     images, training, real, made_by = read_subject(args)
     if min(len(images), len(real.pixels)) < 3:
         raise InputError(
-            f"quality needs at least 3 images on each side, and there are {len(images)} to judge and "
+            f"quality needs at least 3 images on each side, and there are {len(images)} to evaluate and "
             f"{len(real.pixels)} to compare with; ask for more with -n, or name others with --real"
         )
     rows = {"images": quality(network, images, real.pixels, training and training.pixels)}
@@ -356,20 +352,21 @@ def report_quality(args: argparse.Namespace) -> None:
 
 QUALITY_FLAGS = {
     "quality": [
-        Flag("-n", 1000, whole(3, 1_000_000), "images to sample, or to take"),
-        Flag("--real", None, str, "images to compare with: folder, parquet file, hub id or synthetic:N:SEED (default: "
-             "those that the run held out, or new synthetic ones if it was trained on such)"),
+        Flag("-n", 1000, whole(3, 1_000_000), "images to sample, or to read from SUBJECT"),
+        Flag("--real", None, str, "images to compare with: folder, parquet file, Hugging Face dataset id or "
+             "synthetic:N:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
+             "synthetic images)"),
         Flag("--train", None, str, "training images, to find near-copies (default: those of the run)"),
-        Flag("--size", None, whole(8, 1024), "side to scale images to (default: 64, or the model's own)"),
+        Flag("--size", None, whole(8, 1024), "side to scale images to, in pixels (default: the model's own, else 64)"),
         Flag("--seed", 0, whole(0), "seed of the first sample"),
-        Flag("--json", None, Path, "also write the numbers to this file"),
+        Flag("--json", None, Path, "also write the metrics to this file"),
         sample.DEVICE_FLAGS[0],
     ],
 }  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = data.Parser("monitor.py", "Judge images and models.", __doc__)
+    parser = data.Parser("monitor.py", "Evaluate images and models.", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "how close images are to real ones: KID with its 95% interval, FD, number of near-copies"
     command = commands.add_parser("quality", help=text.replace("%", "%%"), description=text, docstring=__doc__)

@@ -1,8 +1,8 @@
-"""A model folder in, images out; and what a model folder is: reading, writing, choosing device and precision.
+"""A model folder in, images out; reads and writes model folders, chooses device and precision.
 
     python sample.py -n 8                                 eight images from the newest run, as a grid in samples.png
-    python sample.py --class monarch --guidance 2         one class, exaggerated (of a model with classes)
-    python sample.py --model FOLDER --each --out birds    single files; a run, a model folder, or one from diffusers
+    python sample.py --class monarch --guidance 2         one class, with guidance (needs a model with classes)
+    python sample.py --model FOLDER --each --out birds    single files; FOLDER: a run, model or diffusers folder
 
 A `DrawRequest` says what to draw. The command line and the server both make one, from the flags in DRAW_FLAGS.
 """
@@ -32,9 +32,9 @@ DEFAULT_MODEL = Path(__file__).parent / "builtin/model"
 WEIGHTS = "diffusion_pytorch_model"
 DIFFUSERS_VERSION = "0.40.0"  # whose file layout is written
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXACT_BATCH = 4  # batch size of `--exact`: an image's bits depend on the batch's shape, so it is the same everywhere
+EXACT_BATCH = 4  # batch size of --exact: an image's bits depend on its batch's shape, so all batches share one
 
-Seed = int | tuple[int, int, float]  # a number, or (a, b, f): the noise that lies f of the way from seed a to seed b
+Seed = int | tuple[int, int, float]  # a number, or (a, b, f): noise interpolated from seed a to seed b by fraction f
 
 
 # ---- device and precision --------------------------------------------------------------------------------------------
@@ -53,17 +53,17 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Returns whether the hardware computes in bfloat16, rather than emulating it."""
+    """Returns whether the hardware supports bfloat16, without emulation."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell: fp32 there
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in PyTorch 2.10: fp32 there
         return any(present is True for name, present in capabilities.items() if "bf16" in name)
     return False
 
 
 def choose_precision(device: torch.device, name: str | None = None) -> str:
-    """Returns the named precision, or bf16 if the hardware has it and fp32 otherwise."""
+    """Returns the named precision, by default bf16 if the hardware supports it and fp32 otherwise."""
     if name is None:
         return "bf16" if has_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
@@ -84,9 +84,9 @@ def set_threads(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
 
 
 def compile_or_continue(network: unet.UNet, call: Callable, mode: str = "default") -> None:
-    """Compiles a network in place with torch.compile and tries it with call().
+    """Compiles a network in place with torch.compile and runs call(), which calls it.
 
-    If that fails, says so and goes back to eager mode. Compiled code is cached between runs.
+    If that fails, prints a message and returns to eager mode. Compiled code is cached between runs.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.cache_folder() / "compile"))
     try:
@@ -104,7 +104,7 @@ def compile_for_drawing(network: unet.UNet, batch: int) -> None:
     """Compiles a network for batches of this many images, with CUDA graphs on a GPU."""
     device, config = network.conv_in.weight.device, network.config
     mode = "reduce-overhead" if device.type == "cuda" else "default"
-    with torch.inference_mode():  # tensors made outside it would be compiled for separately
+    with torch.inference_mode():  # tensors made outside it would trigger a recompilation
         x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
         labels = t if config.num_class_embeds else None
@@ -116,7 +116,7 @@ def compile_for_drawing(network: unet.UNet, batch: int) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A network and its noise schedule, and where they were read from."""
+    """A network and its noise schedule, with the folder that they were read from."""
 
     network: unet.UNet
     schedule: ddpm.Schedule
@@ -163,9 +163,7 @@ def _model_files(path: Path) -> tuple[Path, ...]:
         folder = path / "model"
     elif (path / "metrics.jsonl").exists():
         raise InputError(f"{path}: this run has saved no model yet")
-    inner = folder / "unet"
-    if not inner.is_dir():
-        inner = folder
+    inner = folder / "unet" if (folder / "unet").is_dir() else folder
     schedulers = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
     scheduler = next((file for file in schedulers if file.is_file()), schedulers[0])
     weights = [inner / f"{WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
@@ -200,8 +198,8 @@ def read_model(path: Path | str) -> Model:
         raise InputError(f"{config_file}: sample_size must be given, and be a multiple of {config.divisor} in pixels")
     if config.out_channels != config.in_channels or config.image_channels not in (1, 3):
         raise InputError(
-            f"{config_file}: {config.in_channels} channels in and {config.out_channels} out in patches of "
-            f"{config.patch_size} make no pictures; grey (1) and colour (3) are supported"
+            f"{config_file}: {config.in_channels} channels in and {config.out_channels} out are not "
+            f"1 (grey) or 3 (colour) times the {config.patch_size**2} pixels of a patch"
         )
     return Model(network, schedule, config_file.parent, digest.hexdigest())
 
@@ -268,21 +266,20 @@ def draw(
 ) -> Tensor:
     """Draws one image for each seed: uint8 (N, C, H, W) on the CPU.
 
-    Image i depends on seeds[i] and labels[i] alone: to one level in fp32 whatever the batch size, and to the bit with
+    Image i depends only on seeds[i] and labels[i]: in fp32 within 1/255 at any batch size, and bit-identically with
     `exact`, which pads each batch to EXACT_BATCH images.
 
-    table     of `ddpm.sampler_table`; with `picture`, on `ddpm.up_to` of the model's schedule
-    labels    class of each image; (): without a class, if the model was trained with hidden classes
-    guidance  1 draws the class as trained, 0 without a class, more exaggerates it; needs the model's null label
-    picture   float (C, H, W) in -1..1: the start is this picture, noised to the table's first timestep
+    table     from `ddpm.sampler_table`; with `picture`, made for the `ddpm.truncated` schedule
+    labels    class of each image; (): no class, for a model without classes or trained with label dropout
+    guidance  scale of classifier-free guidance: 1 none, 0 no class; other than 1 needs the model's null label
+    picture   float (C, H, W) in -1..1: start from this picture, noised to the table's first timestep
     known     float (C, H, W): the known part of the image; NaN elsewhere
     progress  progress(i, drawings) is called after each step i of a batch
     """
     null = model.network.config.null_label
     if guidance != 1 and null is None:
         raise InputError(
-            f"--guidance {guidance:g}: this model was trained without hidden classes (train.py --classes "
-            "--label-dropout); leave it out"
+            f"--guidance {guidance:g}: this model was trained without train.py --label-dropout; omit --guidance"
         )
     labels = labels or [null] * len(seeds)
     if exact:
@@ -301,7 +298,7 @@ def draw(
 
 @dataclass(eq=False)
 class Drawing:
-    """One image that is drawn step by step, together with others. Between its first and last step it has a state."""
+    """One image that is being drawn, together with others, one step at a time."""
 
     seed: Seed
     label: int | None
@@ -310,6 +307,7 @@ class Drawing:
     watched: bool = False  # whether previews are wanted
     step: int = 0  # steps made
     noise: Callable | None = None
+    drawn: Tensor | None = None  # noise of the next step, kept so that a failed step can be retried
     state: Tensor | None = None  # (1, 4, C, H, W)
     preview: tuple | None = None  # steps made, and the estimate of x0, uint8 (C, H, W)
     pixels: Tensor | None = None  # uint8 (C, H, W), once finished
@@ -326,19 +324,20 @@ class Drawing:
 
     @property
     def weight(self) -> int:
-        """Predictions of a step: two with guidance."""
+        """Predictions per step: two with guidance."""
         return 1 if self.guidance in (0, 1) else 2
 
     @property
     def work(self) -> int:
-        """Predictions that remain to be made."""
+        """Predictions still to be made."""
         return self.weight * (len(self.table) - self.step)
 
 
 def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: Tensor | None = None) -> None:
     """Makes one step of each drawing, in one call of the network with batch_size images; the rest is padding.
 
-    The drawings may be at different steps of different tables, but have the same weight. `known` is as in ddpm.step.
+    The drawings may be at different steps of different tables, but all with guidance or all without it. `known` is as
+    in ddpm.step.
     """
     config, device = model.network.config, model.device
     if known is not None:
@@ -348,7 +347,9 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
     noise = torch.zeros(len(drawings), *model.shape)
     for i, drawing in enumerate(drawings):
         if ddpm.needs_noise(rows[i]):
-            noise[i] = drawing.noise()
+            if drawing.drawn is None:
+                drawing.drawn = drawing.noise()
+            noise[i] = drawing.drawn
     labels = [config.null_label if drawing.guidance == 0 else drawing.label for drawing in drawings]
     labels = None if labels[0] is None else torch.tensor(labels, device=device)[batch]
     network = model.network
@@ -361,7 +362,7 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
     state, x0 = ddpm.step(state, output, rows, noise[batch].to(device), known)
     for i, drawing in enumerate(drawings):
         drawing.state = state[i : i + 1].clone()  # a view would keep the whole batch in memory
-        drawing.step += 1
+        drawing.step, drawing.drawn = drawing.step + 1, None
         if drawing.watched:
             drawing.preview = drawing.step, data.to_uint8(x0[i]).cpu()
         if drawing.step == len(drawing.table):
@@ -370,19 +371,19 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
 
 # ---- what to draw ----------------------------------------------------------------------------------------------------
 
-# The parameters of a DrawRequest: flags of sample.py, and parameters of the server under the same names.
+# The fields of a DrawRequest, as flags of sample.py and as parameters of the server.
 DRAW_FLAGS = [
     Flag("-n", 8, whole(1, 1_000_000), "number of images"),
     Flag("--seed", None, whole(0), "seed of the first image; image i has seed + i (default: 0)"),
-    Flag("--class", None, str, "names or numbers separated by commas, or all: one row of n images for each (default: "
-         "the classes in turn; with --from, no class)", {"dest": "classes"}),
-    Flag("--guidance", 1.0, real(0, 1000), "strength of the class: 1 as trained, 0 none, 2 or 3 exaggerate it"),
-    Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampler"),
-    Flag("--steps", None, whole(1), f"calls of the network per image (default: {ddpm.DEFAULT_STEPS}; ddpm: as many as "
-         "in training)"),
-    Flag("--spacing", None, ddpm.SPACINGS, "choice of timesteps (default: trailing; ddpm: the one in the model's "
-         "scheduler_config.json)"),
-    Flag("--eta", 0.0, real(0, 1), "noise that the sampler ddim adds, 0 to 1"),
+    Flag("--class", None, str, "comma-separated names or numbers, or all: n images of each (default: the "
+         "classes in turn; with --from, no class)", {"dest": "classes"}),
+    Flag("--guidance", 1.0, real(0, 1000), "classifier-free guidance scale: 0 no class, 1 no guidance, 2 or 3 strong"),
+    Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampling algorithm"),
+    Flag("--steps", None, whole(1), f"calls of the network per image (default: {ddpm.DEFAULT_STEPS}; ddpm: all "
+         "timesteps)"),
+    Flag("--spacing", None, ddpm.SPACINGS, "spacing of the timesteps (default: trailing; ddpm: the one in the "
+         "model's scheduler_config.json)"),
+    Flag("--eta", 0.0, real(0, 1), "noise added by the sampler ddim: 0 none, 1 as much as ddpm"),
 ]  # fmt: skip
 
 
@@ -400,24 +401,24 @@ class DrawRequest:
     eta: float
 
     def table(self, schedule: ddpm.Schedule, strength: float = 1.0) -> Tensor:
-        """Returns the sampler's table; for a picture noised with strength < 1, one as dense on the rest of the way.
+        """Returns the sampler's table; with strength < 1, that share of its steps, over the first timesteps only.
 
-        Raises InputError for steps, spacing or eta that do not go together.
+        Raises InputError for an incompatible sampler, steps, spacing or eta.
         """
         try:
             table = ddpm.sampler_table(schedule, self.sampler, self.steps, self.spacing, self.eta)
             if strength < 1:
                 steps = max(1, round(strength * len(table)))
-                schedule = ddpm.up_to(schedule, strength)
+                schedule = ddpm.truncated(schedule, strength)
                 table = ddpm.sampler_table(schedule, self.sampler, steps, self.spacing, self.eta)
         except ValueError as error:
             raise InputError(str(error)) from error
         return table
 
     def images(self, config: unet.UNetConfig, seeds: Sequence[Seed] = ()) -> list[tuple]:
-        """Returns (label, seed) of each image: one row of all seeds for each class that is named.
+        """Returns (label, seed) of each image: all seeds for each named class.
 
-        If none is named, a model with classes draws them in turn, by the seed. `seeds` replaces seed, seed + 1, ...
+        If none is named, the class is the seed modulo the number of classes. `seeds` replaces seed, seed + 1, ...
         """
         first = self.seed or 0
         seeds = seeds or range(first, first + self.n)
@@ -429,7 +430,7 @@ class DrawRequest:
         return [(number % config.class_count, seed) for number, seed in zip(numbers, seeds, strict=True)]
 
     def facts(self, model: Model, steps: int) -> dict:
-        """Returns what made the images, for the text of their files."""
+        """Returns what is needed to draw the images again, for the text chunks of their files."""
         facts = {
             "seed": self.seed or 0,
             "steps": steps,
@@ -448,7 +449,7 @@ class DrawRequest:
 def choose_classes(config: unet.UNetConfig, text: str) -> list[int]:
     """Returns the labels that --class names: names or numbers separated by commas, or all.
 
-    Raises InputError if the model has no classes or not these.
+    Raises InputError if the model has no classes, or lacks one of these.
     """
     names, count = list(config.class_names or ()), config.class_count
     if not count:
@@ -461,7 +462,7 @@ def choose_classes(config: unet.UNetConfig, text: str) -> list[int]:
     for name in (part.strip() for part in text.split(",")):
         if name in names:
             labels.append(names.index(name))
-        elif name.isascii() and name.isdigit() and int(name) < count:
+        elif re.fullmatch(r"[0-9]{1,8}", name) and int(name) < count:
             labels.append(int(name))
         else:
             known = ", ".join(names) or f"0 to {count - 1}"
@@ -476,12 +477,9 @@ def class_name(config: unet.UNetConfig, label: int) -> str:
 
 
 def grid_facts(config: unet.UNetConfig, images: list[tuple]) -> dict:
-    """Returns what holds for all images of a grid together."""
+    """Returns the number of images in a grid and their classes, for its text chunks."""
     names = dict.fromkeys(class_name(config, label) for label, _ in images if label is not None)
-    facts = {"count": len(images)}
-    if names:
-        facts["class"] = ",".join(names)
-    return facts
+    return {"count": len(images)} | ({"class": ",".join(names)} if names else {})
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -490,7 +488,12 @@ MODEL_FLAG = Flag("--model", None, Path, "run, model folder or diffusers folder 
                   "the default model)")  # fmt: skip
 DEVICE_FLAGS = [
     Flag("--device", None, str, "cpu, cuda or mps (default: the fastest one)"),
-    Flag("--precision", None, tuple(PRECISIONS), "(default: bf16 if the hardware has it, else fp32)"),
+    Flag(
+        "--precision",
+        None,
+        tuple(PRECISIONS),
+        "precision of the network (default: bf16 if the hardware supports it, else fp32)",
+    ),
 ]
 SAMPLE_FLAGS = {
     "what to draw": [
@@ -498,50 +501,49 @@ SAMPLE_FLAGS = {
         *DRAW_FLAGS[:4],
         Flag("--from", None, Path, "draw variations of this picture: noised by --strength, then denoised",
              {"dest": "picture"}),
-        Flag("--strength", None, real(0.001, 1), "noise added to --from: 1 leaves nothing of it (default: 0.6; with "
-             "--mask 1)"),
-        Flag("--mask", None, Path, "draw only the white part (128 of 255 and above) of this mask, which has the size "
-             "of --from, and keep the rest"),
-        Flag("--walk", None, whole(0), "draw n images on the way from seed A to seed B",
+        Flag("--strength", None, real(0.001, 1), "noise added to --from, 1: pure noise (default: 0.6; 1 with --mask)"),
+        Flag("--mask", None, Path, "inpaint --from where this mask is white (128 and above), and keep the rest; it "
+             "has the size of --from"),
+        Flag("--walk", None, whole(0), "interpolate from seed A to seed B in n images",
              {"nargs": 2, "metavar": ("A", "B")}),
     ],
     "how to draw": DRAW_FLAGS[4:],
     "files": [
         Flag("--out", None, Path, "file to write, or folder with --each (default: samples.png, samples/)"),
-        Flag("--film", None, Path, "also write the denoising, or the walk, as an animated .png or .gif"),
+        Flag("--film", None, Path, "also write the denoising, or the interpolation, as an animated .png or .gif"),
         Flag("--scale", 1, whole(1, 64), "enlarge each pixel to N x N"),
-        Flag("--each", None, bool, "one file per image, named by class and seed, or by position in a walk"),
+        Flag("--each", None, bool, "one file per image, named by seed, or with --walk by position"),
     ],
     "machine": [
         *DEVICE_FLAGS,
         Flag("--batch-size", None, whole(1, 65536), "images per call of the network (default: 8)"),
-        Flag("--compile", None, bool, "torch.compile the network: minutes the first time, seconds later; on a CPU in "
-             "bf16 it is slower than without"),
-        Flag("--exact", None, bool, f"the same bits for an image in any batch: batches are padded to {EXACT_BATCH}"),
+        Flag("--compile", None, bool, "torch.compile the network: takes minutes the first time, then seconds; slower "
+             "than eager mode on a CPU in bf16"),
+        Flag("--exact", None, bool, f"bit-identical images in any batch: batches are padded to {EXACT_BATCH}"),
     ],
 }  # fmt: skip
 
 
-def check(args: argparse.Namespace, out: Path) -> None:
-    """Raises InputError for flags that do not go together, before anything is read or drawn."""
+def check_flags(args: argparse.Namespace, out: Path) -> None:
+    """Raises InputError for incompatible flags, before anything is read or drawn."""
     named = {"--out": out, "--film": args.film, "--from": args.picture, "--mask": args.mask}
     places = {flag: path.resolve() for flag, path in named.items() if path}
     written = [places[flag] for flag in ("--out", "--film") if flag in places]
     clash = any(list(places.values()).count(place) > 1 for place in written)
-    clash = clash or any(place.parent == places["--out"] for place in places.values())  # among the files of --each
+    clash = clash or any(place.parent == places["--out"] for place in places.values())  # inside the folder --out
     wrong_film = args.film and (args.film.suffix.lower() not in (".png", ".gif") or args.film.is_dir())
     refused = [
-        (args.exact and args.batch_size, "--exact has a batch size of its own; leave --batch-size out"),
+        (args.exact and args.batch_size, "--exact has a batch size of its own; omit --batch-size"),
         (
             args.strength and not args.picture,
             "--strength is the noise added to a picture; name the picture with --from",
         ),
         (args.mask and not args.picture, "--mask fills a part of a picture; name the picture with --from"),
-        (args.walk and args.seed is not None, "--walk names two seeds; leave --seed out"),
+        (args.walk and args.seed is not None, "--walk names two seeds; omit --seed"),
         (args.walk and args.n < 2, f"-n {args.n}: --walk needs at least 2 images, its two ends; choose a larger -n"),
         (
             args.guidance != 1 and args.picture and args.classes is None,
-            f"--guidance {args.guidance:g} needs a class; name the one of the picture with --class",
+            f"--guidance {args.guidance:g} needs a class; name the picture's class with --class",
         ),
         (
             wrong_film,
@@ -553,7 +555,7 @@ def check(args: argparse.Namespace, out: Path) -> None:
             not args.each and out.suffix.lower() != ".png",
             f"--out {out}: pictures are PNG files; choose a name that ends in .png",
         ),
-        (clash, f"{', '.join(places)}: no two may name the same place; choose another --out"),
+        (clash, f"{', '.join(places)}: these paths overlap; choose another --out"),
     ]
     for wrong, sentence in refused:
         if wrong:
@@ -561,20 +563,20 @@ def check(args: argparse.Namespace, out: Path) -> None:
 
 
 def choose_images(args: argparse.Namespace, request: DrawRequest, config: unet.UNetConfig) -> list:
-    """Returns (label, seed) of each image, with --walk and --from taken into account."""
+    """Returns (label, seed) of each image, also for --walk and --from."""
     seeds = []
     if args.walk:
         seeds = [(*args.walk, i / (args.n - 1)) for i in range(args.n)]
     images = request.images(config, seeds)
     if args.picture and args.classes is None:
         if config.class_count and config.null_label is None:
-            raise InputError("this model needs a class; name the one of the picture with --class")
+            raise InputError("this model needs a class; name the picture's class with --class")
         images = [(None, seed) for _, seed in images]
     return images
 
 
 def read_picture(flag: str, path: Path, size: Sequence[int], channels: int) -> Tensor:
-    """Reads a picture of any format as uint8 (channels, H, W). Raises InputError if it is none."""
+    """Reads a picture of any format as uint8 (channels, H, W). Raises InputError if it is unreadable."""
     if size[0] != size[1]:
         raise InputError(f"{flag}: this model's images are {size[1]} x {size[0]}; only square models take pictures")
     try:
@@ -602,20 +604,20 @@ def read_inputs(args: argparse.Namespace, model: Model) -> tuple:
 
 
 class Output:
-    """Writes the files of a command: single images as they are finished, then the grid and the film."""
+    """Writes the output files: each image when it is finished (--each) or one grid at the end, then the film."""
 
     def __init__(self, args: argparse.Namespace, out: Path, config: unet.UNetConfig, images: list, facts: dict):
         self.args, self.out, self.config, self.images, self.facts = args, out, config, images, facts
         self.rows = len(images) // args.n
         self.drawn: list[Tensor] = []  # of each batch, uint8 (n, C, H, W)
         self.frames: dict = {}  # the same after some of the steps, for a film of the denoising
-        for path in (out, args.film):  # fail before the work, not after it
+        for path in (out, args.film):  # fail before drawing, not after it
             if path:
                 with data.disk_errors(f"make the folder of {path}"):
                     path.absolute().parent.mkdir(parents=True, exist_ok=True)
 
     def keep_frame(self, i: int, steps: int, batch: Sequence[Drawing]) -> None:
-        """Keeps the images after step i for the film: at most 60 frames, the last step not among them."""
+        """Keeps the images after step i for the film: at most 60 frames, without the last step."""
         if self.args.film and not self.args.walk and i % math.ceil(steps / 60) == 0 and i < steps - 1:
             x = torch.cat([drawing.state[:, ddpm.X] for drawing in batch])
             self.frames.setdefault(i, []).append(data.to_uint8(x).cpu())
@@ -630,7 +632,7 @@ class Output:
                 data.write_png(self.out / f"{name}.png", picture, self.facts | own_facts)
 
     def name_and_facts(self, i: int) -> tuple[str, dict]:
-        """Returns the file name of image i, without .png, and what holds for this image alone."""
+        """Returns the file name of image i, without .png, and the facts of this image alone."""
         label, place = self.images[i][0], i % self.args.n
         own_facts = {"seed": (self.args.seed or 0) + place}
         if self.args.walk:
@@ -642,7 +644,7 @@ class Output:
         if self.rows > 1:
             prefix = re.sub(r"[^\w-]", "_", own_facts["class"])
             others = [re.sub(r"[^\w-]", "_", class_name(self.config, row)) for row, _ in self.images[:: self.args.n]]
-            if len({other.casefold() for other in others}) < len(others):  # two names would be one file
+            if len({other.casefold() for other in others}) < len(others):  # two classes would share a file
                 prefix = label
             name = f"{prefix}-{name}"
         return name, own_facts
@@ -669,7 +671,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     out = args.out or Path("samples" if args.each else "samples.png")
-    check(args, out)
+    check_flags(args, out)
     path, which = find_model(args.model)
     device = choose_device(args.device)
     model = load(path, device, choose_precision(device, args.precision), packed=not args.compile)

@@ -1,12 +1,12 @@
 """A dataset in, a model folder out: one loop, to be read from top to bottom.
 
     python train.py --data photos/ --steps 2000                     trains on a folder of images
-    python train.py --resume runs/x                                 continues a run, to the bit
+    python train.py --resume runs/x                                 continues a run, bit-identically
     torchrun --nproc-per-node 4 train.py --data photos/             the same global batch, on four GPUs
 
-Data order, flips, timesteps and noise are pure functions of (seed, step, position in the global batch); dropout is one
-of (seed, step, process). A run that is stopped anywhere and resumed therefore equals the run that was never stopped,
-and the number of processes changes only rounding (and dropout).
+Data order, flips, timesteps and noise are pure functions of (seed, step, position in the global batch); dropout depends
+on (seed, step, process). A run that is stopped anywhere and resumed therefore equals the run that was never stopped,
+and the number of processes changes only rounding and dropout.
 """
 
 import argparse
@@ -47,40 +47,41 @@ from data import Flag, InputError, real, whole
 
 
 def whole_numbers(text: str) -> list[int]:
-    """An argparse type: whole numbers separated by commas, or nothing."""
+    """Parses comma-separated whole numbers, or an empty text: a type for argparse."""
     parts = [part.strip() for part in text.split(",")]
     return [whole(1, 65536)(part) for part in parts if part]
 
 
-# Every setting of a run. Presets change some of the defaults; flags and config.json use the same names.
+# All settings of a run. A preset replaces some of the defaults. Flags and config.json use the same names.
 SETTINGS = {
     "data": [
-        Flag("--data", "auto", str, "folder of images, parquet file, hub id, smithsonian, synthetic, synthetic:N, or "
-             "auto: smithsonian if it is cached or the hub answers, else synthetic butterflies"),
-        Flag("--revision", None, str, "commit or branch of a hub id"),
-        Flag("--size", 32, whole(8, 1024), "side of the images in pixels"),
+        Flag("--data", "auto", str, "folder of images, parquet file, Hugging Face dataset id, smithsonian, synthetic, "
+             "synthetic:N, or auto: smithsonian if it is cached or the hub can be reached, else synthetic"),
+        Flag("--revision", None, str, "commit or branch of a Hugging Face dataset"),
+        Flag("--size", 32, whole(8, 1024), "width and height of the images in pixels"),
         Flag("--image-channels", 3, whole(1, 3), "3 for colour, 1 for grey"),
-        Flag("--classes", False, bool, "learn the classes, for sample.py --class"),
-        Flag("--label-dropout", 0.1, real(0, 1), "share of images whose class is hidden, for guidance; with --classes"),
-        Flag("--flips", True, bool, "mirror half of the images left-right, chosen anew each time"),
+        Flag("--classes", False, bool, "train a class-conditional model, for sample.py --class"),
+        Flag("--label-dropout", 0.1, real(0, 1), "probability of dropping the class, for guidance; needs --classes"),
+        Flag("--flips", True, bool, "flip each image horizontally with probability 0.5"),
     ],
     "network": [
-        Flag("--channels", [32, 64, 128], whole_numbers, "channels of each level; each level halves the image's side"),
-        Flag("--attention", [8], whole_numbers, "sides, in the network's pixels, of the levels with attention"),
-        Flag("--layers", 1, whole(1, 16), "resnets per level"),
+        Flag("--init", None, str, "start from the weights of this run or model folder, with its network and schedule"),
+        Flag("--channels", [32, 64, 128], whole_numbers, "channels per level; each level halves the resolution"),
+        Flag("--attention", [8], whole_numbers, "resolutions with attention, counted in patches"),
+        Flag("--layers", 1, whole(1, 16), "ResNet blocks per level"),
         Flag("--head-dim", 32, whole(1, 4096), "channels of an attention head"),
-        Flag("--patch-size", 1, whole(1, 16), "side of the pixel patches that the network sees as one pixel"),
-        Flag("--groups", 4, whole(1, 65536), "groups of a group norm, reduced until they divide the channels"),
-        Flag("--dropout", 0.0, real(0, 0.99), "share of activations dropped inside resnets"),
+        Flag("--patch-size", 1, whole(1, 16), "fold N x N pixels into channels at the input (space-to-depth)"),
+        Flag("--groups", 4, whole(1, 65536), "groups of a group norm, lowered to a common divisor of --channels"),
+        Flag("--dropout", 0.0, real(0, 0.99), "dropout probability in ResNet blocks"),
     ],
     "diffusion": [
         Flag("--prediction", "v_prediction", ddpm.PREDICTIONS, "what the network predicts"),
-        Flag("--noise-schedule", "linear", ddpm.BETA_SCHEDULES, "how noise grows with the timestep"),
-        Flag("--zero-snr", False, bool, "rescale the schedule so that its last timestep is noise alone"),
+        Flag("--noise-schedule", "linear", ddpm.BETA_SCHEDULES, "noise schedule"),
+        Flag("--zero-snr", False, bool, "rescale the schedule to zero terminal SNR: the last timestep is pure noise"),
         Flag("--timesteps", 1000, whole(2, 100_000), "timesteps of the noise schedule"),
         Flag("--loss", "mse", ddpm.LOSSES, "mse, or min_snr: min-SNR-gamma weighting"),
-        Flag("--gamma", 5.0, real(0.01), "limit of the signal-to-noise ratio, for min_snr"),
-        Flag("--density", "lognormal", ddpm.DENSITIES, "density of training timesteps; lognormal is in sigma/alpha"),
+        Flag("--gamma", 5.0, real(0.01), "upper bound of the signal-to-noise ratio, for min_snr"),
+        Flag("--density", "lognormal", ddpm.DENSITIES, "training timesteps: uniform, or with lognormal sigma/alpha"),
         Flag("--density-mean", -0.8, real(-20, 20), "mean of log(sigma/alpha), for lognormal"),
         Flag("--density-std", 1.6, real(0.01, 20), "standard deviation of log(sigma/alpha), for lognormal"),
     ],
@@ -88,15 +89,17 @@ SETTINGS = {
         Flag("--steps", 5000, whole(1, 10**9), "updates of the weights"),
         Flag("--epochs", None, whole(1, 10**6), "passes over the data, instead of --steps"),
         Flag("--batch-size", 16, whole(1, 65536), "images per update, over all processes"),
-        Flag("--accumulate", 1, whole(1, 4096), "parts in which a process computes its share, to save memory"),
-        Flag("--optimizer", "muon", ("muon", "adamw"), "muon: orthogonalised updates inside, AdamW for the rest"),
+        Flag("--accumulate", 1, whole(1, 4096), "gradient accumulation: micro-batches per update and process"),
+        Flag("--optimizer", "muon", ("muon", "adamw"), "muon: Muon for the weight matrices of the blocks, AdamW for "
+             "the rest"),
         Flag("--lr", None, real(0, 1000), "peak learning rate (default: muon 0.01, adamw 0.001)"),
         Flag("--warmup", 200, whole(0, 10**9), "steps over which the learning rate rises to --lr"),
         Flag("--decay", "cosine", ("cosine", "constant"), "learning rate after the warm-up"),
         Flag("--weight-decay", 0.01, real(0), "decoupled weight decay, multiplied by the learning rate"),
-        Flag("--clip", 1.0, real(1e-6), "limit of the gradient's norm"),
-        Flag("--ema", 500_000, whole(0), "half-life of the average in images, at most 1/10 of those seen; 0: none"),
-        Flag("--seed", 0, whole(0), "seed of everything random"),
+        Flag("--clip", 1.0, real(1e-6), "gradients are clipped to this norm"),
+        Flag("--ema", 500_000, whole(0), "half-life of the weight EMA in images, at most 1/10 of the images seen; "
+             "0: no EMA"),
+        Flag("--seed", 0, whole(0), "seed of all random numbers"),
     ],
     "logging": [
         Flag("--log-every", 20, whole(1), "steps between lines of metrics.jsonl"),
@@ -107,13 +110,14 @@ SETTINGS = {
     ],
     "machine": [
         sample.DEVICE_FLAGS[0],
-        Flag("--precision", None, tuple(sample.PRECISIONS), "precision of AMP (default: bf16 if the hardware has it)"),
+        Flag("--precision", None, tuple(sample.PRECISIONS), "precision of AMP (default: bf16 if the hardware "
+             "supports it, else fp16 on CUDA and fp32 elsewhere)"),
         Flag("--compile", None, bool, "torch.compile the network (default: on a GPU)"),
     ],
 }  # fmt: skip
 FLAGS_BY_NAME = {flag.dest: flag for flags in SETTINGS.values() for flag in flags}
 DEFAULTS = {name: flag.default for name, flag in FLAGS_BY_NAME.items()}
-RATES = {"muon": 0.01, "adamw": 1e-3}
+RATES = {"muon": 0.01, "adamw": 1e-3}  # default of --lr
 
 PRESETS = {
     "nano": {},
@@ -129,16 +133,17 @@ PRESETS = {
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
 RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # may change when a run is resumed
 NETWORK = {flag.dest for flag in SETTINGS["network"]}
-FROM_MODEL = {*NETWORK - {"dropout"}, "image_channels", "classes", "prediction", "noise_schedule", "zero_snr",
+# Settings that are taken from the model of --init, so that their flags are refused with it.
+FROM_MODEL = {*NETWORK - {"dropout", "init"}, "image_channels", "classes", "prediction", "noise_schedule", "zero_snr",
               "timesteps"}  # fmt: skip
 
 RUN_FLAGS = {
     "run": [
-        Flag("--out", None, Path, "new folder of the run (default: runs/ and the date)"),
-        Flag("--preset", None, tuple(PRESETS), "nano 32 px, small 64 px, base, classic 128 px (default: by device)"),
-        Flag("--config", None, Path, "repeat the run of this config.json"),
-        Flag("--resume", None, Path, "continue the run in this folder; to extend a finished one, add --steps"),
-        Flag("--init", None, str, "start from the weights of this run or model folder"),
+        Flag("--out", None, Path, "folder of a new run (default: runs/DATE-TIME)"),
+        Flag("--preset", None, tuple(PRESETS), "nano (32 px), small (64 px), base or classic (128 px) (default: by "
+             "device: cpu nano, mps small, cuda base)"),
+        Flag("--config", None, Path, "start a new run with the settings of this config.json"),
+        Flag("--resume", None, Path, "continue the run in this folder; add --steps to extend a finished one"),
     ]
 }  # fmt: skip
 
@@ -147,8 +152,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """Returns the run's own arguments, and the settings that were given as flags."""
     parser = data.Parser(
         "train.py",
-        "Train a diffusion model on images. Each setting has a default, which a preset\n"
-        "or --config replaces, and which its flag overrides.",
+        "Train a diffusion model on images. Settings come from the defaults, then from a\n"
+        "preset or --config, then from flags.",
         __doc__,
     )
     data.add_flags(parser, RUN_FLAGS)
@@ -167,17 +172,16 @@ def _help_with_defaults(flag: Flag) -> str:
 
 
 def read_config(path: Path) -> dict:
-    """Reads a run's config.json and checks its settings as flags are checked.
+    """Reads a run's config.json and validates its settings by the same rules as flags.
 
     Settings that an older version did not have take their defaults and are listed under "defaulted". Raises InputError
-    for anything else that is not as it should be.
+    if anything else is missing, unknown or invalid.
     """
     config = data.read_json(path)
-    for key in ("settings", "network", "schedule", "data"):
-        if not isinstance(config.get(key), dict):
-            raise InputError(f"{path} is not the config.json of a run: it has no {key}")
-    settings = {"init": None, **config["settings"]}
-    unknown = sorted(settings.keys() - DEFAULTS.keys() - {"init"})
+    settings = config.get("settings")
+    if not settings or not isinstance(settings, dict) or not isinstance(config.get("data", {}), dict):
+        raise InputError(f"{path} is not the config.json of a run: it has no settings")
+    unknown = sorted(settings.keys() - DEFAULTS.keys())
     if unknown:
         raise InputError(
             f"{path} has settings that this version does not know: {', '.join(unknown)}; use the version that wrote "
@@ -188,22 +192,27 @@ def read_config(path: Path) -> dict:
     for name, flag in FLAGS_BY_NAME.items():
         if not flag.accepts(settings[name]):
             raise InputError(f"{path}: {name} cannot be {settings[name]!r}")
-    if not isinstance(settings["init"], str | None):
-        raise InputError(f"{path}: init cannot be {settings['init']!r}")
     return config
 
 
-def resolve(args: argparse.Namespace, given: dict, base: dict | None, device: torch.device) -> dict:
+def resolve_settings(args: argparse.Namespace, given: dict, base: dict | None, device: torch.device) -> dict:
     """Returns all settings of a new run: defaults, then a preset or settings of --config (`base`), then flags."""
     if base and args.preset:
         raise InputError("--preset and --config each set everything; give one of them")
     preset = PRESETS[args.preset or DEVICE_PRESETS[device.type]]
-    settings = {"init": None, **DEFAULTS, **(base or preset), **given}
-    if args.init is not None:
-        settings["init"] = os.path.abspath(args.init)
+    settings = DEFAULTS | (base or preset) | given
+    if "init" in given:
+        settings["init"] = os.path.abspath(given["init"])
     if "steps" in given:
         settings["epochs"] = None
     settings["device"] = device.type
+    resolve_defaults(settings, device)
+    check_settings(settings, given)
+    return settings
+
+
+def resolve_defaults(settings: dict, device: torch.device) -> None:
+    """Sets the settings whose defaults depend on others or on the device."""
     if settings["lr"] is None:
         settings["lr"] = RATES[settings["optimizer"]]
     if settings["precision"] is None:
@@ -212,12 +221,10 @@ def resolve(args: argparse.Namespace, given: dict, base: dict | None, device: to
             settings["precision"] = "fp16"
     if settings["compile"] is None:
         settings["compile"] = device.type == "cuda"
-    check_settings(settings, given)
-    return settings
 
 
 def check_settings(settings: dict, given: dict) -> None:
-    """Raises InputError for settings that do not go together, before any image is read."""
+    """Raises InputError for incompatible settings, before any image is read."""
     if (settings["device"], settings["precision"]) == ("mps", "bf16"):
         raise InputError("--precision bf16 is not implemented for mps; choose fp32")
     if not settings["channels"]:
@@ -225,10 +232,10 @@ def check_settings(settings: dict, given: dict) -> None:
     if settings["init"]:
         fixed = sorted(FROM_MODEL & given.keys())
         if fixed:
-            raise InputError(f"{FLAGS_BY_NAME[fixed[0]].name} is given by the model that --init names; leave it out")
+            raise InputError(f"{FLAGS_BY_NAME[fixed[0]].name} is set by the model of --init; omit it")
         return
     if "label_dropout" in given and not settings["classes"]:
-        raise InputError("--label-dropout hides classes, which are learnt only with --classes; add it, or leave it out")
+        raise InputError("--label-dropout needs --classes; add --classes or omit --label-dropout")
     levels, patch = len(settings["channels"]), settings["patch_size"]
     divisor = patch * 2 ** (levels - 1)
     if settings["size"] % divisor:
@@ -238,17 +245,17 @@ def check_settings(settings: dict, given: dict) -> None:
         )
 
 
-def design(settings: dict, classes: Sequence[str]) -> tuple:
+def make_configs(settings: dict, classes: Sequence[str]) -> tuple:
     """Returns the network's configuration and the noise schedule that the settings describe."""
     widths, patch = settings["channels"], settings["patch_size"]
     sides = [settings["size"] // patch // 2**i for i in range(len(widths))]
     unknown = sorted(set(settings["attention"]) - set(sides))
     if unknown:
-        raise InputError(f"--attention {unknown[0]}: the sides of the levels are {', '.join(map(str, sides))}")
+        raise InputError(f"--attention {unknown[0]}: the resolutions are only {', '.join(map(str, sides))}")
     down = tuple("AttnDownBlock2D" if side in settings["attention"] else "DownBlock2D" for side in sides)
     channels = settings["image_channels"] * patch**2
     names = tuple(classes) if settings["classes"] else None
-    with data.bad_input("the settings do not go together"):
+    with data.bad_input("these settings are incompatible"):
         config = unet.UNetConfig(
             sample_size=sides[0],
             in_channels=channels,
@@ -265,7 +272,7 @@ def design(settings: dict, classes: Sequence[str]) -> tuple:
             patch_size=patch,
         )
         with torch.device("meta"):
-            unet.UNet(config)  # heads must divide channels
+            unet.UNet(config)  # raises ValueError if head_dim does not divide the channels
         schedule = ddpm.Schedule(
             num_train_timesteps=settings["timesteps"],
             beta_schedule=settings["noise_schedule"],
@@ -289,8 +296,8 @@ def learning_rate(settings: dict, step: int) -> float:
 def ema_weight(settings: dict, step: int) -> float:
     """Returns the weight of the newest parameters in the moving average.
 
-    The half-life is at most a tenth of the images seen, so that short runs forget their start as well as long ones do
-    (Karras et al. 2022, EDM, have the same ramp).
+    The half-life is at most a tenth of the images seen, so that short runs forget their initial weights too (the ramp
+    of EDM, Karras et al. 2022).
     """
     half_life = min(settings["ema"], 0.1 * settings["batch_size"] * (step + 1))
     if not half_life:
@@ -302,17 +309,18 @@ def ema_weight(settings: dict, step: int) -> float:
 
 
 def save_checkpoint(folder: Path, step: int, content: dict, keep: int) -> None:
-    """Writes one file with its SHA-256 at the end, by one rename, and then deletes older ones."""
+    """Writes a checkpoint atomically, with its SHA-256 appended, and then deletes older checkpoints."""
     torch.save(content, buffer := io.BytesIO())  # in memory first: torch's writer hides errors of the disk
     parts = buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()
     data.atomic_write(folder / f"checkpoint-{step:08d}.pt", lambda file: file.writelines(parts))
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
+    files = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: file.stat().st_mtime_ns)
+    for old in files[:-keep]:  # by time: a damaged one may have the highest step number
         with data.disk_errors(f"delete {old}"):
             old.unlink()
 
 
 def load_checkpoint(folder: Path) -> dict:
-    """Reads the newest checkpoint that is whole, and reports damaged ones. Raises InputError if there is none."""
+    """Reads the newest intact checkpoint, and reports damaged ones. Raises InputError if there is none."""
     for file in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
         problem = "is damaged"
         try:
@@ -321,14 +329,14 @@ def load_checkpoint(folder: Path) -> dict:
                 return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
-        print(f"{file} {problem}; trying the one before", file=sys.stderr)
-    raise InputError(f"{folder} has no checkpoint that is whole, so it cannot be resumed; start a new run")
+        print(f"{file} {problem}; trying the previous one", file=sys.stderr)
+    raise InputError(f"{folder} has no intact checkpoint, so it cannot be resumed; start a new run")
 
 
 def identity(record: dict) -> str:
-    """Returns, as text, what may not change while a run continues. It is kept in each checkpoint."""
+    """Returns, as text, the part of a record that may not change when a run is resumed; each checkpoint has it."""
     settings = {name: value for name, value in (DEFAULTS | record["settings"]).items() if name not in RESUMABLE}
-    return json.dumps([settings, record["network"], record["schedule"]], sort_keys=True)
+    return json.dumps([settings, record.get("network"), record.get("schedule")], sort_keys=True)
 
 
 def append_metrics(folder: Path, record: dict) -> None:
@@ -338,7 +346,7 @@ def append_metrics(folder: Path, record: dict) -> None:
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Drops lines logged after the checkpoint, which will be logged again, and a line that a crash has cut off."""
+    """Drops lines logged after the checkpoint, which will be logged again, and a line cut off by a crash."""
     path = folder / "metrics.jsonl"
     kept = []
     with data.disk_errors(f"read {path}"):
@@ -358,15 +366,15 @@ def git_commit() -> str | None:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raises InputError for a folder that is not empty: a new run overwrites nothing."""
+    """Raises InputError if the folder of a new run exists and is not empty: nothing is overwritten."""
     with data.disk_errors(f"use the folder --out {folder}"):
         occupied = folder.exists() and any(folder.iterdir())
     if occupied:
-        raise InputError(f"--out {folder} is not empty; continue it with --resume, or name a new folder")
+        raise InputError(f"--out {folder} is not empty; use --resume to continue a run, or name a new folder")
 
 
 def new_folder(out: Path | None) -> Path:
-    """Creates the folder of a new run, with the date as its name unless it is named."""
+    """Creates the folder of a new run: `out`, or one named after the current time."""
     folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     refuse_occupied(folder)
     with data.disk_errors(f"make the folder --out {folder}"):
@@ -399,7 +407,7 @@ def prediction_losses(network: Callable, table: Tensor, batch: Batch, autocast: 
 
 
 class Batches:
-    """The training batches: pure functions of (seed, step, position), cut to this process's share."""
+    """The training batches of this process: its share of global batches, which are pure functions of (seed, step)."""
 
     def __init__(
         self, dataset, rows, settings: dict, null: int | None, cdf: Tensor, device: torch.device, rank: int, world: int
@@ -425,7 +433,7 @@ class Batches:
         if self.flips:
             images = data.flip(images, self.seed, step, self.share.start, self.total)
         x0 = data.to_float(images)
-        # The numbers of the whole batch are generated and the share cut out, so that its size changes no number.
+        # Generated for the whole batch and then sliced, so that the numbers do not depend on the share of a process.
         random = data.generator(self.seed, "noise", step, device=self.device)
         uniform = torch.rand(self.total, generator=random, device=self.device)[self.share]
         eps = torch.randn(self.total, *x0.shape[1:], generator=random, device=self.device)[self.share]
@@ -439,7 +447,7 @@ class Batches:
 
 
 class HeldOut:
-    """Up to 512 held-out images with fixed noise, at timesteps spread evenly over the training density."""
+    """Up to 512 held-out images with fixed noise, at timesteps spread evenly over their training distribution."""
 
     def __init__(self, dataset, rows, settings: dict, cdf: Tensor, device: torch.device):
         rows = rows[:: math.ceil(len(rows) / 512)]
@@ -536,17 +544,15 @@ class State:
         for name, parameter in network.named_parameters():
             orthogonal = settings["optimizer"] == "muon" and "_block" in name and parameter.ndim > 1
             (inner if orthogonal else rest).append(parameter)
-        self.adamw = torch.optim.AdamW(rest, fused=True, **options)
-        self.muon = Muon(inner, **options) if inner else None
+        self.optimizers = {"adamw": torch.optim.AdamW(rest, fused=True, **options)}
+        if inner:
+            self.optimizers["muon"] = Muon(inner, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.sums = torch.zeros(4, device=device)  # since the last line of metrics: loss, norm, steps, overflows
         self.first_bad = torch.full((), -1, device=device)  # first step whose loss or gradient was not finite
 
     def parts(self) -> dict:
-        parts = {"network": self.network, "ema": self.ema, "adamw": self.adamw, "scaler": self.scaler}
-        if self.muon:
-            parts["muon"] = self.muon
-        return parts
+        return {"network": self.network, "ema": self.ema, "scaler": self.scaler, **self.optimizers}
 
     def state_dict(self) -> dict:
         parts = {name: part.state_dict() for name, part in self.parts().items()}
@@ -554,6 +560,10 @@ class State:
 
     def load_state_dict(self, saved: dict) -> None:
         for name, part in self.parts().items():
+            if name not in saved:
+                raise InputError(
+                    f"the checkpoint has no state of {name}: it was written by a version too old to resume"
+                )
             part.load_state_dict(saved[name])
         self.step, self.best = saved["step"], saved["best"]
         self.sums.copy_(saved["sums"])
@@ -562,25 +572,23 @@ class State:
     def update(self, loss: Tensor, settings: dict) -> None:
         """Makes one step of the optimizers and of the moving average.
 
-        The first step with a loss or gradient that is not finite is remembered on the device, without waiting for it.
-        In fp16, such a gradient with a finite loss is an overflow: the step is skipped, the scaler reduces its scale.
+        The first step with a non-finite loss or gradient is recorded on the device, without a synchronisation. In fp16,
+        which synchronises at each step, a non-finite gradient of a finite loss is an overflow: the step is skipped and
+        the scaler reduces its scale.
         """
-        optimizers = [self.adamw]
-        if self.muon:
-            optimizers.append(self.muon)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(settings, self.step)
             self.scaler.unscale_(optimizer)
-        if self.muon:
-            self.adamw.param_groups[0]["lr"] *= 0.3
+        if "muon" in self.optimizers:
+            self.optimizers["adamw"].param_groups[0]["lr"] *= 0.3
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
         if self.scaler.is_enabled() and loss.isfinite() and not norm.isfinite():
             self.sums[3] += 1
         else:
             finite = loss.isfinite() & norm.isfinite()
             self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.step, self.first_bad)
-            for optimizer in optimizers:
-                optimizer.step()  # not scaler.step: gradients are unscaled, and an overflow skips both optimizers
+            for optimizer in self.optimizers.values():
+                optimizer.step()  # not scaler.step, which would skip one optimizer without the other
             self.sums[:3] += torch.stack([loss, norm, torch.ones_like(loss)])
         self.scaler.update()
         self.network.zero_grad()
@@ -607,8 +615,8 @@ class State:
         bad = int(self.first_bad)
         if bad >= 0:
             raise Diverged(
-                f"the loss or a gradient was not finite at step {bad}, with the images {batches.indices(bad).tolist()} "
-                "of the data; what was saved is kept; a new run with a lower --lr or --precision fp32 may help"
+                f"the loss or a gradient was not finite at step {bad}, in the images {batches.indices(bad).tolist()} "
+                "of the dataset; saved files are kept; a new run with a lower --lr or --precision fp32 may help"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise Diverged(f"gradients overflow fp16 at step {self.step} even unscaled; try --precision fp32")
@@ -625,7 +633,7 @@ def backward(
     count = len(batch.x0) // accumulate
     for i in range(accumulate):
         last = i == accumulate - 1
-        no_sync = getattr(forward, "no_sync", nullcontext)  # processes average their gradients with the last part
+        no_sync = getattr(forward, "no_sync", nullcontext)  # processes average their gradients only in the last part
         with nullcontext() if last else no_sync():
             loss = prediction_losses(forward, table, batch.part(i * count, count), autocast).mean() / accumulate
             scale(loss).backward()
@@ -633,10 +641,12 @@ def backward(
     return total
 
 
-def probe(network: unet.UNet, batch: Batch, table: Tensor, settings: dict, autocast: Callable) -> tuple[float, float]:
+def measure_cost(
+    network: unet.UNet, batch: Batch, table: Tensor, settings: dict, autocast: Callable
+) -> tuple[float, float]:
     """Measures GFLOP and training seconds per image on a part of a batch, without changing weights.
 
-    This is also the first call with torch.compile: if that fails, it says so and goes back to eager mode.
+    With torch.compile, this is the first call: if it fails, a message says so and training goes on in eager mode.
     """
     gflop = unet.flops(network.config, network.config.image_size) / 1e9
     count = len(batch.x0) // settings["accumulate"]
@@ -661,7 +671,7 @@ def probe(network: unet.UNet, batch: Batch, table: Tensor, settings: dict, autoc
 
 
 class Processes:
-    """The processes that torchrun started, or this one alone."""
+    """The processes started by torchrun, or a single process."""
 
     def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", 0))
@@ -677,7 +687,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         dist.init_process_group(backend, timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
-        self.cpu_group = dist.new_group(backend="gloo")  # for signals, which must not wait for a GPU
+        self.cpu_group = dist.new_group(backend="gloo")  # for signals, without a synchronisation with the GPU
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world > 1:
@@ -686,7 +696,7 @@ class Processes:
         return value
 
     def agree(self, number: int) -> int:
-        """Returns the greatest of the processes' numbers: they must all stop at the same step."""
+        """Returns the maximum of the processes' numbers, so that they all stop at the same step."""
         if self.world == 1:
             return number
         flag = torch.tensor(number)
@@ -702,7 +712,7 @@ class Processes:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the loop to end after the current step, with everything saved."""
+    """Ctrl-C and SIGTERM end the loop after the current step, with everything saved; a second one ends it at once."""
 
     def __init__(self):
         self.signal = 0
@@ -710,14 +720,14 @@ class Stop:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.signal:  # the second time: at once
+        if self.signal:
             raise KeyboardInterrupt
         self.signal = number
 
 
 # ---- how a run begins ------------------------------------------------------------------------------------------------
 
-# A run is described by its record, the content of config.json. What a record does not say yet is filled in by `begin`.
+# The record of a run is the content of its config.json. `begin_run` adds what `begin_new` leaves out.
 
 
 def begin_resumed(args: argparse.Namespace, given: dict) -> tuple[dict, dict]:
@@ -726,17 +736,18 @@ def begin_resumed(args: argparse.Namespace, given: dict) -> tuple[dict, dict]:
     refused = sorted((given.keys() - RESUMABLE) | named)
     if refused:
         flag = refused[0].replace("_", "-")
-        raise InputError(f"--{flag} cannot change when a run is resumed; start a new run, or leave it out")
+        raise InputError(f"--{flag} cannot change when a run is resumed; omit it, or start a new run")
     file = args.resume / "config.json"
     record, checkpoint = read_config(file), load_checkpoint(args.resume)
     settings, network, schedule = json.loads(checkpoint.pop("identity"))
     if identity(record) != identity({"settings": settings, "network": network, "schedule": schedule}):
         raise InputError(
-            f"{file} is not what it was when {args.resume} began; undo the edit, or start a new run with --config"
+            f"{file} has changed since {args.resume} began; undo the edit, or start a new run with --config"
         )
     record["settings"] |= given
     if "steps" in given:
         record["settings"]["epochs"] = None
+    resolve_defaults(record["settings"], sample.choose_device(record["settings"]["device"]))
     return record, checkpoint
 
 
@@ -744,34 +755,39 @@ def begin_new(args: argparse.Namespace, given: dict) -> tuple:
     """Returns the record of a new run, with or without --config, and the weights of the model that --init names."""
     base = read_config(args.config) if args.config else None
     device = sample.choose_device(given.get("device") or (base and base["settings"]["device"]))
-    settings = resolve(args, given, base and base["settings"], device)
+    settings = resolve_settings(args, given, base and base["settings"], device)
     title = args.preset or DEVICE_PRESETS[device.type]
     if NETWORK & given.keys():
         title += " with changes"
     record = {"title": title, "settings": settings, "init_hash": None}
     if base:
-        record |= {"title": "as before", "init_hash": base.get("init_hash"), "defaulted": base["defaulted"]}
-        if not {"data", "revision", "size", "image_channels"} & given.keys():
+        record |= {
+            "title": f"settings of {args.config}",
+            "init_hash": base.get("init_hash"),
+            "defaulted": base["defaulted"],
+        }
+        if "data" in base and not {"data", "revision", "size", "image_channels"} & given.keys():
             record["data"] = base["data"]
     if not settings["init"]:
         return record, None
     model = sample.read_model(settings["init"])
-    if base and args.init is None and base.get("init_hash") != model.hash:
+    if base and "init" not in given and base.get("init_hash") != model.hash:
         raise InputError(
-            f"--config {args.config}: the model of its --init has changed; to use it all the same, add --init"
+            f"--config {args.config}: the model that it was initialised from has changed; to use the changed one, "
+            "add --init PATH"
         )
     if not base and "size" not in given:
         settings["size"] = model.network.config.image_size[0]
-    adopt(record, given, model)
+    use_init_model(record, given, model)
     return record, model.network.state_dict()
 
 
-def adopt(record: dict, given: dict, model: sample.Model) -> None:
+def use_init_model(record: dict, given: dict, model: sample.Model) -> None:
     """Takes network and schedule from the model that --init names, at the size in the settings."""
     settings, config = record["settings"], model.network.config
     if config.null_label is None:
         if given.get("label_dropout"):
-            raise InputError("--label-dropout: the model that --init names has no hidden class; leave it out")
+            raise InputError("--label-dropout: the model of --init was trained without it; omit it")
         settings["label_dropout"] = 0.0
     settings["image_channels"], settings["classes"] = config.image_channels, bool(config.num_class_embeds)
     if settings["size"] % config.divisor:
@@ -783,7 +799,7 @@ def adopt(record: dict, given: dict, model: sample.Model) -> None:
 
 
 def prepare_data(record: dict, processes: Processes) -> data.Dataset:
-    """Prepares the data in the first process, then opens them in the others; puts their source into the settings.
+    """Prepares the dataset in the first process, then opens it in the others, and stores its source in the settings.
 
     Raises InputError in all processes if the first one fails.
     """
@@ -803,14 +819,16 @@ def prepare_data(record: dict, processes: Processes) -> data.Dataset:
         dataset = data.prepare(found, settings["size"], **options)
     settings["data"] = found
     if "data" in record and record["data"].get("fingerprint") != dataset.fingerprint:
-        raise InputError(f"{found} is not what it was when the run began; name the data with --data")
+        raise InputError(f"{found} has changed since the run began; name the original data with --data")
     if settings["classes"] and not dataset.classes:
-        raise InputError(f"--classes: the images of {found} have no classes; put those of each class in a folder")
+        raise InputError(
+            f"--classes: the images of {found} have no classes; put the images of each class in a folder of their own"
+        )
     return dataset
 
 
 def make_network(record: dict, classes: tuple) -> tuple:
-    """Makes the network with its first weights, and the noise schedule: those of the record, or as the settings say.
+    """Makes the network, with initial weights, and the noise schedule, from those in the record or else its settings.
 
     Raises InputError if a network from --init or a checkpoint has other classes than the data.
     """
@@ -819,7 +837,7 @@ def make_network(record: dict, classes: tuple) -> tuple:
         config = unet.UNetConfig.from_dict(record["network"])
         schedule = ddpm.Schedule.from_dict(record["schedule"])
     else:
-        config, schedule = design(settings, classes)
+        config, schedule = make_configs(settings, classes)
     if config.num_class_embeds and len(classes) > config.num_class_embeds:
         raise InputError(f"the images have {len(classes)} classes, and the model only {config.num_class_embeds}")
     if config.class_names and classes != config.class_names:
@@ -854,20 +872,21 @@ class Run:
         save_checkpoint(self.folder, self.state.step, content, self.record["settings"]["keep"])
 
 
-def begin(args: argparse.Namespace, given: dict) -> Run:
+def begin_run(args: argparse.Namespace, given: dict) -> Run:
     """Begins a run in any of the four ways: new, --config, --init, --resume."""
     if {"steps", "epochs"} <= given.keys():
         raise InputError("--steps and --epochs both set the length of the run; give one of them")
-    if args.out:
-        refuse_occupied(args.out)
     checkpoint, weights = None, None
     if args.resume:
         record, checkpoint = begin_resumed(args, given)
     else:
+        if args.out:
+            refuse_occupied(args.out)
         record, weights = begin_new(args, given)
     settings = record["settings"]
-    processes = Processes(sample.choose_device(given.get("device") or settings["device"]))  # settings keep its type
+    processes = Processes(sample.choose_device(given.get("device") or settings["device"]))
     device, share = processes.device, processes.world * settings["accumulate"]
+    settings["device"] = device.type
     if settings["batch_size"] % share:
         raise InputError(
             f"--batch-size {settings['batch_size']} must be a multiple of {share}: processes times --accumulate"
@@ -876,7 +895,7 @@ def begin(args: argparse.Namespace, given: dict) -> Run:
     rows, held_rows = data.split(dataset)
     if settings["epochs"]:
         settings["steps"] = math.ceil(settings["epochs"] * len(rows) / settings["batch_size"])
-    if not (args.resume or args.config or "warmup" in given):  # the default, or a preset's, in a short run
+    if not (args.resume or args.config or "warmup" in given):  # cap the default warm-up in a short run
         settings["warmup"] = min(settings["warmup"], settings["steps"] // 10)
     network, schedule = make_network(record, dataset.classes)
     if weights:
@@ -902,7 +921,7 @@ def begin(args: argparse.Namespace, given: dict) -> Run:
         held_out=HeldOut(dataset, held_rows, settings, cdf, device),
         autocast=partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32),
     )
-    cost = probe(network, run.batches(0), table, settings, run.autocast)
+    cost = measure_cost(network, run.batches(0), table, settings, run.autocast)
     if processes.lead:
         open_folder(run, args.out, dataset, len(held_rows))
         print_summary(run, *cost)
@@ -910,7 +929,7 @@ def begin(args: argparse.Namespace, given: dict) -> Run:
 
 
 def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int) -> None:
-    """Writes what is known before the first step; a new run gets a folder and a checkpoint of its first weights."""
+    """Writes config.json and data.png; a new run gets a folder and a checkpoint of its initial weights."""
     run.record |= {
         "schema": 1,
         "data": {
@@ -935,7 +954,7 @@ def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int
     if new:
         run.folder = new_folder(out)
     if defaulted := run.record.pop("defaulted", None):
-        print(f"config.json is from an older version; these settings have their defaults: {', '.join(defaulted)}")
+        print(f"config.json is from an older version; these settings take their defaults: {', '.join(defaulted)}")
     data.write_json(run.folder / "config.json", run.record)
     cut_metrics(run.folder, run.state.step)
     picture = data.grid(data.to_uint8(run.batches(0).x0[:64]), scale=max(1, 128 // dataset.images.shape[-1]))
@@ -945,15 +964,15 @@ def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int
 
 
 def print_summary(run: Run, gflop: float, seconds: float) -> None:
-    """Prints what is trained on what, and an estimate of the time that it takes."""
+    """Prints what is trained on which data, and an estimate of the time."""
     settings, kept, step = run.record["settings"], run.record["data"], run.state.step
     print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
     for line in kept["skipped"][:5]:
         print(f"skipped {line}")
-    if kept["skipped"]:
-        print(f"skipped {len(kept['skipped'])} in all; `python data.py` lists them")
+    if len(kept["skipped"]) > 5:
+        print("config.json lists more of them")
     parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-    title = run.record.get("title", "as before")
+    title = run.record.get("title", "resumed")
     print(f"{title}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image")
     steps, batch_size = settings["steps"] - step, settings["batch_size"]
     estimate = timedelta(seconds=round(steps * batch_size * seconds / run.processes.world))
@@ -970,7 +989,7 @@ def print_summary(run: Run, gflop: float, seconds: float) -> None:
 
 
 def train(args: argparse.Namespace, given: dict) -> int:
-    run = begin(args, given)
+    run = begin_run(args, given)
     settings, state, processes, folder = run.record["settings"], run.state, run.processes, run.folder
     forward = state.network
     if processes.world > 1:
@@ -992,7 +1011,7 @@ def train(args: argparse.Namespace, given: dict) -> int:
         stopped_by = processes.agree(stop.signal)
         if not due and not stopped_by:
             continue
-        state.raise_if_diverged(run.batches)  # the only place that waits for the device
+        state.raise_if_diverged(run.batches)  # waits for the device: not in each step
         if processes.lead and "log" in due:
             images, now = (state.step - logged) * settings["batch_size"], time.perf_counter()
             line = state.metrics(settings) | {"images_per_second": images / (now - logged_at), "time": time.time()}
@@ -1014,7 +1033,7 @@ def train(args: argparse.Namespace, given: dict) -> int:
             bar.write(f"step {state.step}: look at {path}")
         if processes.lead and ("save" in due or stopped_by):
             run.save_model("model")
-            run.save_checkpoint()  # last: it says that everything up to its step is on disk
+            run.save_checkpoint()  # last: all other files of this step are then on disk
         if stopped_by:
             break
     bar.close()

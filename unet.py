@@ -27,7 +27,7 @@ class UNetConfig:
     """The fields of `unet/config.json`. Defaults are UNet2DModel's, which old files rely on by leaving keys out."""
 
     sample_size: int | tuple[int, int] | None = None  # side of the inner network's input, pixels / patch_size
-    in_channels: int = 3  # of the inner network: image channels * patch_size^2
+    in_channels: int = 3  # of the inner network, image channels * patch_size^2
     out_channels: int = 3
     center_input_sample: bool = False  # x <- 2x - 1, for inputs in [0, 1]
     time_embedding_type: str = "positional"
@@ -55,9 +55,9 @@ class UNetConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     patch_size: int = 1  # ours: pixels a side of a patch
-    class_names: tuple[str, ...] | None = None  # ours: in order; if there is one label more, it means "no class"
+    class_names: tuple[str, ...] | None = None  # ours; num_class_embeds is one more if the last label means "no class"
 
-    # Each choice the network implements; anything else is refused by name rather than drawn wrongly.
+    # The implemented choices; anything else is refused by name.
     CHOICES = {
         "time_embedding_type": ("positional",),
         "mid_block_type": ("UNetMidBlock2D", None),
@@ -185,7 +185,7 @@ class UNetConfig:
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """Start a residual branch, or the output, at zero (Ho et al. 2020; Goyal et al. 2017)."""
+    """Sets a module's parameters to 0, to start a residual branch or the output there (Goyal et al. 2017)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -194,15 +194,15 @@ def zeroed(module: nn.Module) -> nn.Module:
 class Conv2d(nn.Conv2d):
     """A convolution whose weights can be stored in the layout of oneDNN's bf16 kernels.
 
-    PyTorch otherwise converts them in every call, which takes longer than the convolution if there are few pixels. The
-    result is the same to the bit.
+    PyTorch otherwise converts them in each call, which takes longer than the convolution of a small image. The result
+    is bit-identical.
     """
 
     packed: Tensor | None = None
 
     def pack(self) -> None:
-        """Converts the weights, which can then be neither copied, moved, cast nor saved."""
-        with suppress(AttributeError, RuntimeError):  # no bf16 in the processor, or no such functions in this PyTorch
+        """Converts the weights. They can then no longer be copied, moved, cast or saved."""
+        with suppress(AttributeError, RuntimeError):  # this processor or this PyTorch does not support it
             self.convolve = torch.ops.mkldnn._convolution_pointwise
             how = self.padding, self.stride, self.dilation, self.groups
             self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *how)
@@ -216,6 +216,7 @@ class Conv2d(nn.Conv2d):
 
 
 def can_pack(weight: Tensor) -> bool:
+    """Returns whether a weight is of a type that Conv2d.pack supports: bf16 on an x86 CPU with oneDNN."""
     mkldnn = torch.backends.mkldnn
     x86 = weight.device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
     return x86 and weight.dtype == torch.bfloat16 and mkldnn.is_available() and mkldnn.enabled
@@ -294,6 +295,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves height and width by a convolution of stride 2."""
+
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
@@ -305,6 +308,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles height and width: nearest-neighbour interpolation, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
@@ -327,6 +332,8 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The lowest level: a resnet, attention, a resnet."""
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         channels, scale = config.block_out_channels[-1], config.mid_block_scale_factor
@@ -342,6 +349,8 @@ class MidBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    """An MLP on the sinusoids of the timestep."""
+
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
@@ -377,9 +386,8 @@ class UNet(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
-        self.class_embedding = None
-        if config.num_class_embeds:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
+        count = config.num_class_embeds
+        self.class_embedding = nn.Embedding(count, time_dim) if count else None
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of each skip connection, in the order they are pushed
@@ -452,11 +460,10 @@ class UNet(nn.Module):
 
 
 def for_drawing(network: UNet, device: torch.device, dtype: torch.dtype, packed: bool = True) -> UNet:
-    """Returns a copy prepared for drawing, which computes the same to rounding; it cannot be trained or saved.
+    """Returns a copy of a network for drawing: faster, equal up to rounding, and impossible to train or save.
 
-    It has one product for q, k and v, one for the time embeddings of all resnets and, with `packed`, convolutions
-    packed for bf16 on an x86 CPU, which torch.compile does not support. Weights that need no change share memory with
-    those of the network.
+    It has one matrix product for q, k and v, one for the time embeddings of all resnets and, with `packed`, the
+    convolutions of Conv2d.pack, which torch.compile does not support. Unchanged weights share memory with the network.
     """
     with torch.device("meta"):
         copy = UNet(network.config)
@@ -464,17 +471,17 @@ def for_drawing(network: UNet, device: torch.device, dtype: torch.dtype, packed:
     copy.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     for module in list(copy.modules()):
         if isinstance(module, Attention):
-            module.to_qkv = stack([module.to_q, module.to_k, module.to_v])
+            module.to_qkv = concatenated([module.to_q, module.to_k, module.to_v])
             del module.to_q, module.to_k, module.to_v
         elif isinstance(module, Conv2d) and packed and can_pack(module.weight):
             module.pack()
-    copy.to_embs = stack([resnet.time_emb_proj for resnet in copy.resnets()])
+    copy.to_embs = concatenated([resnet.time_emb_proj for resnet in copy.resnets()])
     for resnet in copy.resnets():
         del resnet.time_emb_proj
     return copy
 
 
-def stack(layers: list[nn.Linear]) -> nn.Linear:
+def concatenated(layers: list[nn.Linear]) -> nn.Linear:
     """Returns one layer without gradients whose output is that of the given layers, concatenated."""
     layer = nn.Linear(layers[0].in_features, sum(part.out_features for part in layers), device="meta")
     for name in ("weight", "bias"):
@@ -522,8 +529,8 @@ def write_safetensors(tensors: dict[str, Tensor], file) -> None:
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """Reads a safetensors file of floating-point tensors.
 
-    Raises ValueError, one sentence, for anything that is not exactly right: length and JSON of the header, dtypes,
-    shapes, offsets that leave a hole or overlap, trailing bytes, NaN or infinity.
+    Raises ValueError, one sentence, for any violation of the format: length and JSON of the header, dtypes, shapes,
+    offsets that leave a hole or overlap, trailing bytes.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -534,9 +541,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         end = 0
         for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
             if entry.begin != end or entry.end - entry.begin != math.prod(entry.shape) * entry.dtype.itemsize:
-                raise ValueError(
-                    f"is damaged: the bytes of {entry.label} overlap, leave a hole or do not fit its shape"
-                )
+                raise ValueError(f"is damaged: the bytes of {entry} overlap, leave a hole or do not fit its shape")
             end = entry.end
         start = 8 + length
         if start + end != size:
@@ -546,9 +551,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
             values = torch.empty(math.prod(entry.shape), dtype=entry.dtype)  # read in place: one copy in memory
             file.seek(start + entry.begin)
             if file.readinto(values.view(torch.uint8).numpy()) != entry.end - entry.begin:
-                raise ValueError(f"is truncated: it ends inside {entry.label}")
-            if not values.isfinite().all():
-                raise ValueError(f"has a value in {entry.label} that is not finite")
+                raise ValueError(f"is truncated: it ends inside {entry}")
             tensors[entry.name] = values.reshape(entry.shape)
     return tensors
 
@@ -563,8 +566,7 @@ class Entry:
     begin: int  # bytes, from the end of the header
     end: int
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         return f"tensor {self.name[:80]!r}"
 
 
@@ -592,13 +594,13 @@ def _parse_header(text: bytes) -> list[Entry]:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"has tensor {name[:80]!r} of a dtype that is not one of {', '.join(DTYPES)}")
-        if not _whole_numbers(shape, at_most=8) or not _whole_numbers(offsets, at_most=2) or len(offsets) != 2:
+        if not _are_sizes(shape, at_most=8) or not _are_sizes(offsets, at_most=2) or len(offsets) != 2:
             raise ValueError(f"has a damaged header: shape or offsets of tensor {name[:80]!r}")
         entries.append(Entry(name, DTYPES[dtype], shape, *offsets))
     return entries
 
 
-def _whole_numbers(values, at_most: int) -> bool:
+def _are_sizes(values, at_most: int) -> bool:
     if not isinstance(values, list) or len(values) > at_most:
         return False
     return all(type(value) is int and 0 <= value < 2**48 for value in values)
@@ -607,7 +609,7 @@ def _whole_numbers(values, at_most: int) -> bool:
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """Reads named tensors from `.safetensors`, or from a `.bin` of torch.save with weights_only, which runs no code.
 
-    Names in old diffusers files are replaced by today's. Raises ValueError, which says what is wrong with the file.
+    Renames the tensors of old diffusers files. Raises ValueError, which says what is wrong with the file.
     """
     read = read_safetensors if str(path).endswith(".safetensors") else _read_bin
     tensors = read(path)
@@ -621,7 +623,7 @@ def _read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise ValueError("is damaged, or holds more than tensors") from error
     if not isinstance(tensors, dict):
         raise ValueError("does not hold named tensors")
@@ -632,16 +634,14 @@ def _read_bin(path: str | os.PathLike) -> dict[str, Tensor]:
         plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values()
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"has tensor {name[:80]!r} that is not a plain floating-point tensor")
-        if not value.isfinite().all():
-            raise ValueError(f"has a value in tensor {name[:80]!r} that is not finite")
     return tensors
 
 
 def build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
     """Makes a network with these weights, in float32 and evaluation mode.
 
-    Raises ValueError, which names the first tensor that is missing, unexpected or of another shape, before anything is
-    allocated.
+    Raises ValueError, which names the tensor, if one is missing, unexpected or of another shape, before anything is
+    allocated, or if a value is not finite.
     """
     with torch.device("meta"):
         network = UNet(config)
@@ -657,6 +657,6 @@ def build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
     weights = {name: tensor.float() for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"has a value in tensor {name!r} that float32 cannot hold")
+            raise ValueError(f"has a value in tensor {name!r} that is not finite in float32")
     network.load_state_dict(weights, assign=True)
     return network.to(memory_format=torch.channels_last).eval()

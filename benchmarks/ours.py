@@ -55,7 +55,7 @@ def same_network(peer, precision: str = "bf16", packed: bool = True) -> unet.UNe
 
 
 def untrained(preset: str) -> tuple[unet.UNet, ddpm.Schedule]:
-    config, schedule = train.design(train.DEFAULTS | train.PRESETS[preset], ())
+    config, schedule = train.make_configs(train.DEFAULTS | train.PRESETS[preset], ())
     return unet.UNet(config), schedule
 
 
@@ -123,7 +123,7 @@ def training(images: Tensor, changes: dict) -> Callable[[], object]:
     """Returns a function that does a step of train.py's loop, including its data, optimizer and EMA."""
     settings = train.DEFAULTS | {"precision": "bf16"} | changes
     settings["lr"] = train.RATES[settings["optimizer"]]
-    config, schedule = train.design(settings, ())
+    config, schedule = train.make_configs(settings, ())
     network = unet.UNet(config).to(memory_format=torch.channels_last)
     device = torch.device("cpu")
     state = train.State(network, settings, device)

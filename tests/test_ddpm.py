@@ -75,6 +75,10 @@ def randn(*shape, seed=0, dtype=f64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def make_table(sampler, schedule, times, *options):
+    return ddpm.table_of(schedule, times, sampler(schedule, times, *options))
+
+
 def run(table, x, outputs, noises=None):
     """All steps of a table, given the network or its outputs -> the list of states after each step."""
     state, states = ddpm.initial_state(x), []
@@ -261,7 +265,7 @@ def test_predictions_of_one_truth_give_one_x0(zero_snr):
         schedule = Schedule(prediction_type=prediction, clip_sample=False, rescale_betas_zero_snr=zero_snr)
         t = torch.arange(T - 1, -1, -1)
         x, target = ddpm.noisy_and_target(ddpm.training_table(schedule), x0, eps, t)
-        table = ddpm.ddim(schedule, t.tolist())
+        table = make_table(ddpm.ddim, schedule, t.tolist())
         _, found = ddpm.step(ddpm.initial_state(x), target, table)
         assert (found - x0).abs().max() < 1e-12, prediction
 
@@ -468,7 +472,7 @@ def test_ddim_goes_to_the_next_listed_timestep_and_epsilon_follows_the_clipped_x
     schedule = Schedule(1000)
     times = ddpm.timesteps(schedule, 7, "linspace")
     x, output = randn(1, *SHAPE), randn(1, *SHAPE, seed=1)
-    row = ddpm.ddim(schedule, times)[2:3]
+    row = make_table(ddpm.ddim, schedule, times)[2:3]
     ours = ddpm.step(ddpm.initial_state(x), output, row)[0][:, 0]
     a, b = (float(schedule.alpha_bar[t]) for t in times[2:4])
     x0 = ((x - math.sqrt(1 - a) * output) / math.sqrt(a)).clamp(-1, 1)
@@ -495,7 +499,7 @@ def test_multistep_solvers_are_those_of_diffusers(kind, spacing, prediction, exa
         outputs = [randn(2, *SHAPE, seed=10 + i) for i in range(steps)]
         with float64_diffusers(kind, exact) as module:
             scheduler = peer(module, kind, schedule, steps)
-            states = run(sampler(schedule, scheduler.timesteps.tolist()), x, outputs)
+            states = run(make_table(sampler, schedule, scheduler.timesteps.tolist()), x, outputs)
             for i, t in enumerate(scheduler.timesteps):
                 x = scheduler.step(outputs[i], t, x).prev_sample
                 assert error(states[i][:, 0], x) < (EXACT if exact else STOCK), (steps, i)
@@ -506,7 +510,7 @@ def test_ipndm_is_adams_bashforth():
     schedule = Schedule(1000, clip_sample=False)
     times = ddpm.timesteps(schedule, 9, "trailing")
     x, outputs = randn(2, *SHAPE), [randn(2, *SHAPE, seed=10 + i) for i in range(9)]
-    states = run(ddpm.ipndm(schedule, times), x, outputs)
+    states = run(make_table(ddpm.ipndm, schedule, times), x, outputs)
     ratio = [float(schedule.sigma[t] / schedule.alpha[t]) for t in times] + [0.0]
     alphas = [float(schedule.alpha[t]) for t in times] + [1.0]
     y = x / alphas[0]
@@ -533,7 +537,8 @@ def test_ancestral_row_is_the_posterior_of_gaussians(times):
     betas = (0.1, 0.3, 0.6)
     alpha_bar = [0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.4]
     small, large = (
-        ddpm.ddpm(Schedule(3, trained_betas=betas, variance_type=variance), times) for variance in ddpm.VARIANCES
+        make_table(ddpm.ddpm, Schedule(3, trained_betas=betas, variance_type=variance), times)
+        for variance in ddpm.VARIANCES
     )
     for i, (t, s) in enumerate(itertools.pairwise(times)):
         forward = alpha_bar[t] / alpha_bar[s]  # x_t = sqrt(forward) x_s + sqrt(1 - forward) noise
@@ -554,7 +559,9 @@ def test_ancestral_row_is_the_posterior_of_gaussians(times):
 def test_ddim_with_eta_1_is_ancestral_sampling():
     schedule = Schedule(1000)
     times = ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "trailing")
-    assert (ddpm.ddim(schedule, times, 1.0) - ddpm.ddpm(schedule, times)).nan_to_num().abs().max() < 1e-12
+    assert (
+        make_table(ddpm.ddim, schedule, times, 1.0) - make_table(ddpm.ddpm, schedule, times)
+    ).nan_to_num().abs().max() < 1e-12
 
 
 DATA = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=f64) * 2 - 1
@@ -679,7 +686,7 @@ def test_order_of_convergence(sampler, least, most):
         def network(x, t):
             return mixture(x, float(FINE.alpha[int(t)]), float(FINE.sigma[int(t)]))
 
-        table = ddpm.SAMPLERS[sampler](FINE, times)[:-1]  # all but the step to the clean image
+        table = make_table(ddpm.SAMPLERS[sampler], FINE, times)[:-1]  # all but the step to the clean image
         errors.append(float((run(table, x, network)[-1][:, 0] - expected).abs().max()))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     print(sampler, [f"{e:.1e}" for e in errors], [f"{s:.2f}" for s in slopes])
@@ -899,7 +906,7 @@ def test_plan_follows_the_schedule_for_ddpm_and_trailing_for_the_others():
     assert len(ddpm.sampler_table(Schedule(5))) == 5
     assert ddpm.sampler_table(schedule, "ddim", 7, "linspace")[:, 0].tolist() == ddpm.timesteps(schedule, 7, "linspace")
     times = ddpm.timesteps(schedule, ddpm.DEFAULT_STEPS, "trailing")
-    assert torch.equal(ddpm.sampler_table(schedule), ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER](schedule, times))
+    assert torch.equal(ddpm.sampler_table(schedule), make_table(ddpm.SAMPLERS[ddpm.DEFAULT_SAMPLER], schedule, times))
     assert ddpm.sampler_table(schedule).dtype == f64 and ddpm.sampler_table(schedule).device.type == "cpu"
 
 
@@ -947,10 +954,10 @@ def test_guidance_is_linear_and_one_call():
 @pytest.mark.parametrize("strength", [0.001, 0.25, 0.6, 0.999])
 def test_part_of_a_schedule_is_its_beginning(options, strength):
     schedule = Schedule(prediction_type="v_prediction", **options)
-    part = ddpm.up_to(schedule, strength)
+    part = ddpm.truncated(schedule, strength)
     count = max(2, round(1000 * strength))
     assert part.num_train_timesteps == count and error(part.alpha_bar, schedule.alpha_bar[:count]) < 1e-12
-    assert part.prediction_type == "v_prediction" and ddpm.up_to(schedule, 1.0) is schedule
+    assert part.prediction_type == "v_prediction" and ddpm.truncated(schedule, 1.0) is schedule
     steps = min(8, count)
     for sampler in ddpm.SAMPLERS:  # each ends on a clean image from there as well
         x0 = 0.5 * randn(1, *ODD).clamp(-1, 1)
@@ -969,7 +976,7 @@ def test_part_of_a_schedule_is_its_beginning(options, strength):
 @pytest.mark.parametrize("strength", [0, -1, 1.01, math.nan])
 def test_strength_outside_of_the_schedule(strength):
     with pytest.raises(ValueError, match="strength must be above 0 and at most 1"):
-        ddpm.up_to(Schedule(), strength)
+        ddpm.truncated(Schedule(), strength)
 
 
 def test_slerp_keeps_ends_length_and_angle():

@@ -373,7 +373,7 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
     photo = tmp_path / "photo.png"
     data.write_png(photo, Image.new("RGB", (16, 16), "red"))
     for flags, sentence in ((["--class", "dog"], "it has ant, bee, cat"), (["--class", "3"], "no such class"),
-                            (["--from", str(photo)], "name the one of the picture with --class")):  # fmt: skip
+                            (["--from", str(photo)], "name the picture's class with --class")):  # fmt: skip
         assert sample.main(["--model", path, *flags]) == 2 and sentence in capsys.readouterr().err
     assert sample.main(["--model", str(folder), "--class", "bee"]) == 2
     assert "trained without classes" in capsys.readouterr().err
@@ -393,7 +393,7 @@ def test_classes_by_name_and_number(tmp_path, capsys, folder):
         (["--seed", "-1"], "'-1' is not a whole number"),
         (["--seed", "9" * 5000], "is not a whole number"),
         (["--batch-size", "0"], "'0' is not a whole number from 1"),
-        (["--exact", "--batch-size", "2"], "leave --batch-size out"),
+        (["--exact", "--batch-size", "2"], "omit --batch-size"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 is slower"),
         (["--device", "tpu"], "--device tpu"),
         (["--out", "."], "is a folder; without --each name a file"),
@@ -783,7 +783,7 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
         (["--class", "ant,"], "--class '': this model has no such class"),
         (
             ["--guidance", "2", "--from", "photo.png"],
-            "--guidance 2 needs a class; name the one of the picture with --class",
+            "--guidance 2 needs a class; name the picture's class with --class",
         ),
         (["--guidance", "-1", "--class", "ant"], "'-1' is not a number from 0 to 1000"),
         (["--guidance", "nan", "--class", "ant"], "'nan' is not a number from 0 to 1000"),
@@ -794,14 +794,14 @@ def test_the_text_of_a_picture_says_how_it_was_made(by_class, tmp_path):
         (["--from", "{text}"], "cannot be read: not an image, or of a format that is not known"),
         (["--from", "{png}", "--mask", "nowhere.png"], "--mask nowhere.png cannot be read"),
         (["--mask", "{png}"], "--mask fills a part of a picture; name the picture with --from"),
-        (["--walk", "1", "2", "--seed", "0"], "--walk names two seeds; leave --seed out"),
+        (["--walk", "1", "2", "--seed", "0"], "--walk names two seeds; omit --seed"),
         (["--walk", "1", "2", "-n", "1"], "--walk needs at least 2 images"),
         (["--walk", "1", "x"], "'x' is not a whole number of at least 0"),
         (["--film", "film.mp4"], "--film film.mp4: films are animated PNG or GIF files"),
-        (["--film", "x.png", "--out", "./x.png"], "--out, --film: no two may name the same place"),
-        (["--film", "x/1.png", "--out", "x", "--each"], "--out, --film: no two may name the same place"),
-        (["--from", "p.png", "--out", "{png}"], "--out, --from: no two may name the same place"),
-        (["--from", "p.png", "--out", ".", "--each"], "--out, --from: no two may name the same place"),
+        (["--film", "x.png", "--out", "./x.png"], "--out, --film: these paths overlap"),
+        (["--film", "x/1.png", "--out", "x", "--each"], "--out, --film: these paths overlap"),
+        (["--from", "p.png", "--out", "{png}"], "--out, --from: these paths overlap"),
+        (["--from", "p.png", "--out", ".", "--each"], "--out, --from: these paths overlap"),
         (["--film", "folder.gif"], "--film folder.gif: films are animated PNG or GIF files"),
         (["--film", "p.png/film.gif"], "cannot make the folder of p.png/film.gif: a file is where a folder is needed"),
         (["--from", "{png}", "--mask", "large.png"], "--mask large.png is 20 x 16 and --from"),
@@ -822,7 +822,7 @@ def test_bad_values_of_the_new_flags(by_class, tmp_path, capsys, monkeypatch, fl
 def test_guidance_needs_a_model_with_a_null_label(tmp_path, capsys):
     old = make_model(tmp_path / "m", num_class_embeds=3, class_names=NAMES)
     assert sample.main(["--model", str(old), "--class", "ant", "--guidance", "2"]) == 2
-    assert "--guidance 2: this model was trained without hidden classes" in capsys.readouterr().err
+    assert "--guidance 2: this model was trained without train.py --label-dropout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names, count", [((), 3), (("a",), 3), (None, 3)], ids=str)

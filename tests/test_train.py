@@ -196,7 +196,7 @@ def test_weights_decay_by_the_rate_times_the_weight_decay(optimizer, share):
     """Without gradients nothing else moves them: those of AdamW beside Muon by its share of the rate."""
     tiny = {"channels": [8, 16], "attention": [8], "size": 16, "head_dim": 8, "precision": "fp32"}
     settings = train.DEFAULTS | tiny | {"optimizer": optimizer, "lr": 0.1, "weight_decay": 0.5, "warmup": 0}
-    network = unet.UNet(train.design(settings, ())[0])
+    network = unet.UNet(train.make_configs(settings, ())[0])
     randomise(network)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     state = train.State(network, settings, torch.device("cpu"))
@@ -465,7 +465,7 @@ def test_resume_refuses_other_data_and_other_settings(tmp_path, capsys, fit):
     assert error_of(capsys).startswith("--lr cannot change")
     next(shapes.rglob("*.png")).unlink()
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "6"]) == 2
-    assert "is not what it was when the run began" in error_of(capsys)
+    assert "has changed since the run began" in error_of(capsys)
 
 
 def test_config_repeats_a_run(tmp_path, trained):
@@ -610,7 +610,7 @@ def test_init_starts_from_a_model(tmp_path, monkeypatch, capsys, shapes, trained
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--batch-size", "4"]) == 0
     assert weights(tmp_path / "run") == weights(trained)  # no step has moved them
     assert train.main([*flags, "--out", str(tmp_path / "no"), "--channels", "8"]) == 2
-    assert error_of(capsys).startswith("--channels is given by the model")
+    assert error_of(capsys).startswith("--channels is set by the model")
     assert train.main(["--init", "nowhere", "--out", str(tmp_path / "no")]) == 2
     assert "there is no such folder" in error_of(capsys)
     assert not (tmp_path / "no").exists()
@@ -662,15 +662,15 @@ def test_auto_is_resolved_so_that_a_repeated_run_needs_no_network(tmp_path, monk
     assert train.main(["--resume", str(tmp_path / "a"), "--steps", "3"]) == 0
     capsys.readouterr()
     assert train.main(["--out", str(tmp_path / "c"), "--revision", "main"]) == 2
-    assert error_of(capsys).startswith("--revision main: only hub ids have revisions, and auto is not one")
+    assert error_of(capsys).startswith("--revision main: only Hugging Face datasets have revisions")
 
 
 def test_hidden_classes_that_cannot_be(tmp_path, capsys, fit, trained):
     flags = ["--label-dropout", "0.4", "--data", "synthetic:20", "--out", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(flags) == 2
-    assert error_of(capsys).startswith("--label-dropout hides classes, which are learnt only with --classes")
+    assert error_of(capsys).startswith("--label-dropout needs --classes")
     assert train.main([*flags, "--init", str(trained)]) == 2
-    assert error_of(capsys).startswith("--label-dropout: the model that --init names has no hidden class")
+    assert error_of(capsys).startswith("--label-dropout: the model of --init was trained without it")
     assert train.main(["--init", str(trained), *flags[2:]]) == 0
     assert data.read_json(tmp_path / "run/config.json")["settings"]["label_dropout"] == 0
 
@@ -687,7 +687,7 @@ def test_grey_patches_and_epochs(tmp_path, shapes, channels):
 def test_presets(capsys):
     parameters = {}
     for name, preset in train.PRESETS.items():
-        config, schedule = train.design(train.DEFAULTS | preset, ())
+        config, schedule = train.make_configs(train.DEFAULTS | preset, ())
         with torch.device("meta"):
             parameters[name] = sum(p.numel() for p in unet.UNet(config).parameters())
         assert config.image_size == ({"nano": 32, "small": 64}.get(name, 128),) * 2
@@ -702,7 +702,7 @@ def test_presets(capsys):
 )
 def test_the_learning_rate_is_the_optimizers_own(flags, rate):
     run, given = train.parse_arguments(flags)
-    assert train.resolve(run, given, None, torch.device("cpu"))["lr"] == rate
+    assert train.resolve_settings(run, given, None, torch.device("cpu"))["lr"] == rate
 
 
 def test_a_learning_rate_far_from_the_usual_is_said_to_be(fit, tmp_path, capsys):
@@ -756,17 +756,17 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
         (["--lr", "-1"], "'-1' is not a number"),
         (["--lr", "1e39"], "'1e39' is not a number from 0 to 1000"),  # a finite gradient, and an infinite step
         (["--accumulate", "3"], "--batch-size 8 must be a multiple of 3"),
-        (["--attention", "5"], "--attention 5: the sides of the levels are 16, 8"),
+        (["--attention", "5"], "--attention 5: the resolutions are only 16, 8"),
         (["--channels", ""], "--channels needs at least one number"),
         (["--head-dim", "24"], "channels do not divide into heads of 24"),
         (["--channels", "15,30"], "must be even"),
         (["--zero-snr", "--prediction", "epsilon"], "needs prediction_type v_prediction or sample"),
-        (["--image-channels", "2"], "channels 2"),
+        (["--image-channels", "2"], "2 image channels"),
         (["--device", "tpu"], "--device tpu"),
-        (["--init", "nowhere"], "is given by the model that --init names"),
+        (["--init", "nowhere"], "is set by the model of --init"),
         (["--config", "nowhere.json"], "nowhere.json cannot be read"),
         (["--resume", "nowhere"], "cannot change when a run is resumed"),
-        (["--revision", "main"], "--revision main: only hub ids"),
+        (["--revision", "main"], "--revision main: only Hugging Face datasets"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],
 )
@@ -800,7 +800,8 @@ def test_bad_config(tmp_path, capsys, trained):
 
     assert "it is not JSON" in attempt("{")
     assert "does not hold a JSON object" in attempt("[]")
-    assert "is not the config.json of a run: it has no network" in attempt({"settings": {}})
+    for nothing in ({"settings": {}}, {"settings": ["size"]}, {"network": {}}, {"settings": {"size": 16}, "data": 3}):
+        assert "is not the config.json of a run: it has no settings" in attempt(nothing)
     unknown = good | {"settings": good["settings"] | {"warp": 9}}
     assert "settings that this version does not know: warp" in attempt(unknown)
     for name, value in (("lr", "fast"), ("steps", 0), ("steps", 1.5), ("flips", 1), ("channels", [0]), ("loss", "l1"),
@@ -820,7 +821,7 @@ def test_a_config_of_an_older_version_takes_defaults_and_says_which(tmp_path, ca
     path.write_text(json.dumps(config))
     capsys.readouterr()
     assert train.main(["--config", str(path), "--out", str(tmp_path / "again")]) == 0
-    said = "config.json is from an older version; these settings have their defaults: clip, gamma"
+    said = "config.json is from an older version; these settings take their defaults: clip, gamma"
     assert said in capsys.readouterr().out
     assert weights(tmp_path / "again") == weights(tmp_path / "old")
     assert train.main(["--resume", str(tmp_path / "old"), "--steps", "6"]) == 0
@@ -828,6 +829,33 @@ def test_a_config_of_an_older_version_takes_defaults_and_says_which(tmp_path, ca
     assert data.read_json(path)["settings"] == data.read_json(tmp_path / "whole/config.json")["settings"] | {"steps": 6}
     assert train.main(["--resume", str(tmp_path / "old"), "--steps", "7"]) == 0
     assert "older version" not in capsys.readouterr().out
+
+
+def test_resuming_a_version_with_other_optimizers_is_refused(tmp_path, capsys, fit):
+    assert fit(tmp_path / "run", steps=4) == 0
+    content = train.load_checkpoint(tmp_path / "run")
+    content["optimizer"] = content.pop("adamw")
+    train.save_checkpoint(tmp_path / "run", 5, content, keep=2)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "6"]) == 2
+    assert "has no state of adamw" in error_of(capsys)
+    assert before == sorted(path.name for path in (tmp_path / "run").iterdir())
+
+
+def test_a_config_may_be_cut_down_to_its_settings(tmp_path, fit):
+    assert fit(tmp_path / "run", steps=4) == 0
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"settings": data.read_json(tmp_path / "run/config.json")["settings"]}))
+    assert train.main(["--config", str(path), "--out", str(tmp_path / "again")]) == 0
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_displace_a_good_one(tmp_path, capsys):
+    train.save_checkpoint(tmp_path, 5, {"step": 5}, keep=1)
+    (tmp_path / "checkpoint-00000010.pt").write_bytes(b"damaged")
+    train.save_checkpoint(tmp_path, 7, {"step": 7}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000007.pt"]
+    assert train.load_checkpoint(tmp_path) == {"step": 7}
 
 
 def test_out_under_a_file(tmp_path, capsys, fit):
@@ -1097,7 +1125,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(tmp_path, capsys, fit
         file.write_bytes(file.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "9"]) == 2
-    assert "no checkpoint that is whole" in error_of(capsys)
+    assert "no intact checkpoint" in error_of(capsys)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -1106,7 +1134,7 @@ def test_config_repeats_only_what_it_had(tmp_path, capsys, fit):
     assert fit(tmp_path / "run", data=shapes, steps=1) == 0
     next(shapes.rglob("*.png")).unlink()
     flags = ["--config", str(tmp_path / "run/config.json"), "--out", str(tmp_path / "again")]
-    assert train.main(flags) == 2 and "is not what it was" in error_of(capsys)
+    assert train.main(flags) == 2 and "has changed since" in error_of(capsys)
     assert train.main([*flags, "--data", str(shapes)]) == 0
 
 
@@ -1152,12 +1180,12 @@ def test_muon_is_that_of_pytorch_on_matrices():
 
 def test_who_is_updated_by_whom(shapes):
     settings = train.DEFAULTS | {"channels": [16, 32], "attention": [8], "size": 16, "head_dim": 16, "lr": 0.01}
-    network = unet.UNet(train.design(settings, ())[0])
+    network = unet.UNet(train.make_configs(settings, ())[0])
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     state = train.State(network, settings, torch.device("cpu"))
-    by = {key: [names[id(p)] for p in getattr(state, key).param_groups[0]["params"]] for key in ("adamw", "muon")}
+    by = {key: [names[id(p)] for p in state.optimizers[key].param_groups[0]["params"]] for key in ("adamw", "muon")}
     assert sorted(by["adamw"] + by["muon"]) == sorted(names.values())
     assert "conv_in.weight" in by["adamw"] and "conv_out.weight" in by["adamw"]
     assert "mid_block.resnets.0.norm1.weight" in by["adamw"] and "time_embedding.linear_1.weight" in by["adamw"]
     assert "mid_block.attentions.0.to_q.weight" in by["muon"] and "down_blocks.0.resnets.0.conv1.weight" in by["muon"]
-    assert train.State(network, settings | {"optimizer": "adamw"}, torch.device("cpu")).muon is None
+    assert train.State(network, settings | {"optimizer": "adamw"}, torch.device("cpu")).optimizers.keys() == {"adamw"}

@@ -588,13 +588,10 @@ HOSTILE = {
     "no offsets": one(drop="data_offsets"),
     "an extra key": one({"extra": 1}),
     "entry a list": with_header({"a": []}),
-    "NaN": floats(1, NAN),
-    "infinity": floats(INF, 1),
-    "minus infinity": floats(1, -INF),
 }
-# Where we are stricter than the official package: values that are not finite, dtypes no network here has,
-# names that occur twice, keys that the format does not have, and a space before the header's brace.
-STRICTER = {"NaN", "infinity", "minus infinity", "integers", "duplicate names", "an extra key", "text before"}
+# Where we are stricter than the official package: dtypes no network here has, names that occur twice, keys that the
+# format does not have, and a space before the header's brace.
+STRICTER = {"integers", "duplicate names", "an extra key", "text before"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -614,16 +611,6 @@ def test_a_damaged_or_hostile_file_gets_one_sentence(tmp_path, name):
     else:
         with pytest.raises(safetensors.SafetensorError):
             safetensors.torch.load(HOSTILE[name])
-
-
-@pytest.mark.parametrize("dtype", unet.DTYPES)
-def test_one_value_that_is_not_finite_is_found_in_each_dtype(tmp_path, dtype):
-    tensor = torch.zeros(5, dtype=unet.DTYPES[dtype])
-    tensor[3] = math.nan
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(written({"fine": torch.zeros(3), "name.of.it": tensor}))
-    with pytest.raises(ValueError, match="name.of.it"):
-        unet.read_safetensors(path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -674,16 +661,15 @@ def test_bin_is_read_without_running_code(tmp_path):
         [torch.ones(3)],
         {"a": 1.0},
         {"a": {"b": torch.ones(1)}},
-        {"a": torch.tensor([1.0, math.nan])},
         {1: torch.ones(3)},
         {"a": torch.ones(1).expand(2**20, 2**20)},  # 4 bytes in the file, 4 TB as a tensor
         {"a": torch.ones(3, dtype=torch.complex64)},
         {"a": torch.ones(3).to_sparse()},
         {"a": torch.ones(3, device="meta")},
     ],
-    ids=["tensor", "list", "number", "nested", "nan", "int-name", "expanded", "complex", "sparse", "meta"],
+    ids=["tensor", "list", "number", "nested", "int-name", "expanded", "complex", "sparse", "meta"],
 )
-def test_bin_that_holds_anything_but_named_finite_tensors_is_refused(tmp_path, content):
+def test_bin_that_holds_anything_but_named_tensors_is_refused(tmp_path, content):
     path = tmp_path / "x.bin"
     torch.save(content, path)
     with pytest.raises(ValueError):
@@ -743,6 +729,19 @@ def test_build_is_in_float32_and_evaluation_mode_and_channels_last():
     same(network.state_dict(), {name: value.float() for name, value in state.items()})
     assert all(p.requires_grad and not p.is_meta for p in network.parameters())
     assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", unet.DTYPES.values())
+def test_one_value_that_is_not_finite_is_found(tmp_path, dtype, value, suffix):
+    state = UNet(tiny()).state_dict()
+    state["conv_in.bias"] = torch.zeros(8, dtype=dtype)
+    state["conv_in.bias"][3] = value
+    path = tmp_path / f"x.{suffix}"
+    (torch.save if suffix == "bin" else safetensors.torch.save_file)(state, path)
+    with pytest.raises(ValueError, match="conv_in.bias' that is not finite"):
+        unet.build(tiny(), unet.read_weights(path))
 
 
 def test_weights_too_large_for_float32_are_refused():
