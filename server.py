@@ -8,8 +8,8 @@
 
 One thread, the engine's, calls the network. Each turn is one step of up to `--batch-size` images, which may belong to
 different requests and be at different steps. Each connection has a thread that reads, waits and writes. `http.server`
-provides sockets, threads and the writing of responses. Requests are read and checked here, by RFC 9110 and 9112 without
-the leniencies that `http.server` allows.
+provides sockets, threads and the writing of responses. Requests are parsed here, strictly by RFC 9110 and 9112:
+`http.server` is too lenient.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import hmac
 import json
 import math
 import os
+import random
 import re
 import secrets
 import select
@@ -50,14 +51,17 @@ MAX_HEADERS = 100
 MAX_CONNECTIONS = 256
 MAX_THREADS = 2 * MAX_CONNECTIONS  # above it a rejected connection is closed at once
 MAX_JOBS = 224  # the other connections are for probes and refusals
+LOAD = 0.6  # of the time limit: admitted jobs take at most this long in all, at the measured rate
+AGED = 0.3  # of the time limit: older jobs go first
+STUCK_SECONDS, STUCK_STEPS = 60.0, 100  # a step that takes longer, also in steps of usual length, will never end
 MAX_IMAGES = 64  # of one request
 MAX_RETRY = 120  # seconds in Retry-After
 HEAD_SECONDS = 10.0  # to receive a request
-WRITE_SECONDS = 10.0  # to send a response, in addition to its length at SLOWEST_READER
+WRITE_SECONDS = 10.0  # to send a response, plus its length / SLOWEST_READER
 SLOWEST_READER = 64 * 1024  # bytes a second
 LINGER_SECONDS = 2.0  # to read what a client still sends after its response
 HEARTBEAT_SECONDS = 10.0  # between signs of life in a stream
-DRAIN_SECONDS = 6.0  # to finish what was admitted, plus at most 2 s for the rest: container hosts kill after 10 s
+DRAIN_SECONDS = 6.0  # to finish admitted jobs, then at most 2 s to close: containers are killed after 10 s
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR_FIELDS = ("message", "type", "param", "code", "request_id")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY")
@@ -65,18 +69,17 @@ HTTP_NAMES = {"n": "n_images", "classes": "class"}  # names of parameters that d
 
 
 class Refusal(Exception):
-    """A response that is an error: status, one sentence that repeats nothing of the request, parameter, headers."""
+    """An error response: status, message (it echoes no input), name of the parameter, headers."""
 
     def __init__(self, status: int, message: str, param: str | None = None, headers: dict | None = None):
         super().__init__(message)
         self.status, self.message, self.param, self.headers = status, message, param, headers or {}
 
 
-# Functions, because an exception must be new each time: it keeps the frames that it passed through.
-shutting_down = partial(Refusal, 503, "this server is shutting down; ask another one", headers={"Retry-After": "5"})
+# Functions, because an exception that is raised again accumulates tracebacks.
+shutting_down = partial(Refusal, 503, "this server is shutting down; retry later", headers={"Retry-After": "5"})
 drawing_failed = partial(Refusal, 500, "the images could not be drawn")
 client_left = partial(Refusal, 408, "the client has left")
-too_late = partial(Refusal, 504, "the images were not finished in time; ask for fewer, or later")
 
 
 # ---- reading a request -----------------------------------------------------------------------------------------------
@@ -94,8 +97,7 @@ class Request:
 def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes:
     """Reads up to the first empty line, which ends the head of a request.
 
-    Raises Refusal as soon as the bytes cannot become a request, are too many or too late, and OSError if the client
-    leaves.
+    Raises Refusal as soon as the bytes are not valid HTTP, too many or too slow, and OSError if the client leaves.
     """
     deadline, head, searched = time.monotonic() + seconds, b"", 0
     while (end := head.find(b"\r\n\r\n", searched)) < 0 and len(head) <= MAX_HEAD:
@@ -149,7 +151,10 @@ def parse_head(head: bytes) -> Request:
         raise Refusal(414, f"the target of the request is longer than {MAX_TARGET} bytes")
     parts = TARGET.fullmatch(target)
     if not parts:
-        raise Refusal(400, "the target must be a path that begins with /, with all other characters percent-encoded")
+        raise Refusal(
+            400,
+            "the target must be a path that begins with /; characters that URLs do not allow must be percent-encoded",
+        )
     authority, path, query = parts.groups()
     headers = parse_fields(lines)
     check_no_body(headers)
@@ -181,19 +186,19 @@ def parse_fields(lines: list[bytes]) -> dict:
 
 
 def check_no_body(headers: dict) -> None:
-    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), for a body and for an expectation."""
+    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), a body or an Expect header."""
     length = headers.get("content-length", "0")
     both = "content-length" in headers and "transfer-encoding" in headers
     if both or not CONTENT_LENGTH.fullmatch(length):
-        raise Refusal(400, "Content-Length is malformed, or stands beside Transfer-Encoding")
+        raise Refusal(400, "Content-Length is malformed, or sent with Transfer-Encoding")
     if "expect" in headers:
-        raise Refusal(417, "expectations are not implemented")
+        raise Refusal(417, "the Expect header is not supported")
     if int(length) or "transfer-encoding" in headers:
-        raise Refusal(413, "requests have no body here; leave it out")
+        raise Refusal(413, "a request must not have a body")
 
 
 def parse_query(query: str, flags: dict) -> dict:
-    """Parses a query by the flags of its parameters. Returns {field of a DrawRequest: value}.
+    """Parses a query, whose parameters are the keys of `flags`. Returns {field of a DrawRequest: value}.
 
     Raises Refusal, which names the parameter.
     """
@@ -207,7 +212,7 @@ def parse_query(query: str, flags: dict) -> dict:
             raise Refusal(400, "the query is not UTF-8") from error
         flag = flags.get(name)
         if flag is None:
-            raise Refusal(400, f"there is an unknown parameter; the known ones are: {', '.join(flags)}")
+            raise Refusal(400, f"unknown parameter; the known parameters are: {', '.join(flags)}")
         if flag.dest in values:
             raise Refusal(400, f"{name} is given twice", name)
         try:
@@ -218,7 +223,7 @@ def parse_query(query: str, flags: dict) -> dict:
 
 
 def parameters(model: sample.Model) -> dict:
-    """Returns the parameters of a request: sample.DRAW_FLAGS by name, as far as this model and server allow them."""
+    """Returns {name: Flag}, the parameters of a request: DRAW_FLAGS, within the limits of this model and server."""
     config = model.network.config
     changes = {
         "n": {"type": whole(1, MAX_IMAGES), "default": 1},
@@ -254,30 +259,24 @@ def schema(flag: Flag) -> dict:
 
 @dataclass(eq=False)
 class Job:
-    """A request for images, from its admission to its end. The engine sets `news` at each change, `done` at the end."""
+    """An admitted request for images. The engine sets `news` after each of its steps, and `done` at its end."""
 
     model: sample.Model
     request: sample.DrawRequest
     drawings: list[sample.Drawing]
     facts: dict
     connection: socket.socket | None = None
-    client: str = ""  # its address and query
+    client: bytes | str = ""  # its token, or else its address
     deadline: float = math.inf  # of time.monotonic()
     arrived: float = field(default_factory=time.monotonic)
-    spent: int = 0  # predictions made, plus those that the job missed before it came
     drained: int = 0  # bytes that the client sent after the request
     error: Refusal | None = None
     news: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def weight(self) -> int:
-        """Predictions for a step of one image."""
-        return self.drawings[0].weight
-
-    @property
     def work(self) -> int:
-        """Predictions that remain to be made."""
+        """Predictions still to be made."""
         return sum(drawing.work for drawing in self.drawings)
 
     def gone(self) -> bool:
@@ -297,96 +296,87 @@ Members = list[tuple[Job, sample.Drawing]]
 
 
 class Engine:
-    """Owns the network: admits jobs, and advances them by one step a turn in a thread of its own."""
-
-    QUANTUM = 16  # predictions that a job may have in each round
+    """Owns the network: admits jobs, and advances a batch of their images by one step at a time, in its own thread."""
 
     def __init__(self, batch: int, capacity: int, exact: bool, metrics: "Metrics"):
         self.batch = sample.EXACT_BATCH if exact else batch
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
         self.lock, self.loading = threading.Condition(), threading.Lock()
         self.jobs: list[Job] = []
-        self.promises: list[tuple] = []  # (time, work, client): when a refused client may come back
         self.model: sample.Model | None = None  # of new jobs
-        self.rate = 100.0  # predictions a second in full batches
+        self.rate = 100.0  # predictions a second
+        self.step_began: float | None = None  # time.monotonic() of the step that is being made
         self.closing = False
         self.thread = threading.Thread(target=self.loop, name="engine", daemon=True)
 
     def load(self, named: Path | None, device: torch.device, precision: str) -> None:
         """Reads the named model or the newest one and tries it; new jobs get it from now on.
 
-        Raises InputError if it does not work. The current model stays then.
+        Raises InputError, and keeps the current model, if the new one does not work.
         """
         path, which = sample.find_model(named)
         model = sample.load(path, device, precision)
         x = torch.zeros(self.batch, *model.shape, device=device)
         t = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        seconds = math.inf
         with torch.inference_mode():
-            for _ in range(2):  # the first call allocates
+            for _ in range(3):  # the first call allocates
                 begin = time.perf_counter()
                 finite = bool(model.network(x, t, t if model.network.class_embedding else None).isfinite().all())
+                seconds = min(seconds, time.perf_counter() - begin)
         if not finite:
             raise InputError(f"{path}: the network's output is not finite")
         with self.lock:
-            self.model, self.rate = model, self.batch / (time.perf_counter() - begin)
+            self.model, self.rate = model, self.batch / seconds
         self.metrics.add("papilio_model_loads_total", result="loaded")
         log(f"{which}: {model.shape[1]} px, {device.type}, {precision}, model {model.hash[:12]}")
 
     def reload(self, *source) -> None:
         """Calls `load`. An error is logged and counted, and the current model stays."""
-        with self.loading:  # one after the other, so that the last one asked for is the one that stays
+        with self.loading:  # serialised, so that the latest reload wins
             try:
                 self.load(*source)
             except Exception as error:
                 self.metrics.add("papilio_model_loads_total", result="refused")
                 log(f"the model was not loaded, the current one stays: {error}")
 
-    def submit(self, job: Job) -> None:
-        """Admits a job. Raises Refusal if it cannot be taken.
+    def room(self, seconds: float) -> float:
+        """Returns how much work is admitted: what takes LOAD of a time limit at the measured rate, up to `capacity`."""
+        return min(self.capacity, LOAD * self.rate * seconds)
 
-        503 while shutting down; 400 if the job could not be finished in time even alone; otherwise 429 with the seconds
-        after which there will be room. That room is reserved until two seconds later, as far as it would not become
-        free by then, and at most half of the queue, because some of the refused clients do not come back.
+    def submit(self, job: Job) -> None:
+        """Admits a job, or raises Refusal: 503 while shutting down, 429 with Retry-After if the queue is full.
+
+        It is full for a client that would have more than half of the room. A job that finds the queue empty is always
+        admitted.
         """
         with self.lock:
             if self.closing or not self.alive():
                 raise shutting_down()
-            now = time.monotonic()
-            possible = self.rate * (job.deadline - job.arrived)  # work that can be finished in time
-            if job.work > possible:
-                raise Refusal(400, "this takes longer than is allowed here; ask for fewer images or steps", "n_images")
-            room = min(self.capacity, possible)
-            least = room / MAX_JOBS  # each job takes at least this much of it
-            cost = max(job.work, least)
-            costs = sum(max(other.work, least) for other in self.jobs)
-            excess = costs + cost - room
-            speed = self.rate * costs / max(1, sum(other.work for other in self.jobs))
-            self.promises = sorted(promise for promise in self.promises if promise[0] > now - 2)
-            kept = next((promise for promise in self.promises if promise[0] <= now and promise[2] == job.client), None)
-            owed, missing = self.reserved(now, speed)
-            if kept:
-                missing = 0
-            if self.jobs and excess + min(missing, room / 2) > 0:
-                seconds = min(max(0, math.ceil(1.5 * (excess + owed) / speed)) + 1, MAX_RETRY)
-                if seconds < MAX_RETRY:
-                    self.promises.append((now + seconds, cost, job.client))
-                raise Refusal(429, "the queue is full", headers={"Retry-After": str(seconds)})
-            if kept:
-                self.promises.remove(kept)
-            job.spent = self.newest_round() * self.QUANTUM
+            room = self.room(job.deadline - job.arrived)
+            prices = {other: max(other.work, room / MAX_JOBS) for other in [*self.jobs, job]}
+            own = [price for other, price in prices.items() if other.client == job.client]
+            excess = sum(prices.values()) - room
+            if len(own) > 1:
+                excess = max(excess, sum(own) - room / 2)
+            if len(job.drawings[0].table) * self.batch > room:  # too many steps to be in time beside others
+                excess = sum(prices.values())
+            if self.jobs and excess > 0:
+                raise Refusal(429, "the queue is full; retry later", headers=self.retry_after(excess))
             self.jobs.append(job)
             self.lock.notify_all()
 
-    def reserved(self, now: float, speed: float) -> tuple[float, float]:
-        """Returns the work that was promised, and how much of it will not become free by the promised times."""
-        owed = missing = 0.0
-        for due, work, _ in self.promises:
-            owed += work
-            missing = max(missing, 1.5 * owed - speed * max(0, due - now))  # 1.5: rates vary
-        return owed, missing
+    def retry_after(self, work: float) -> dict:
+        """Returns the header that asks a client to wait until this work is done; jittered, so that clients spread."""
+        seconds = math.ceil(work / self.rate * random.uniform(1, 1.5))
+        return {"Retry-After": str(max(1, min(seconds, MAX_RETRY)))}
+
+    def too_late(self) -> Refusal:
+        text = "the images were not finished in time; request fewer, or retry later"
+        return Refusal(504, text, headers=self.retry_after(sum(job.work for job in self.jobs)))
 
     def end(self, job: Job, error: Refusal | None = None) -> None:
-        """Ends a job, which is finished unless there is an error. Its connection is not watched any more."""
+        """Ends a job, which is finished unless there is an error. Its connection is no longer watched."""
         with self.lock:
             if job in self.jobs:
                 self.jobs.remove(job)
@@ -397,7 +387,7 @@ class Engine:
         job.done.set()
 
     def close(self, seconds: float) -> None:
-        """Takes no more jobs, finishes what it can in that time and refuses the rest."""
+        """Admits no more jobs, finishes what it can within `seconds`, and refuses the rest."""
         with self.lock:
             self.closing = True
             self.lock.notify_all()
@@ -408,7 +398,10 @@ class Engine:
             self.thread.join(0.5)
 
     def alive(self) -> bool:
-        return self.thread.is_alive() or self.thread.ident is None
+        """Returns whether the thread lives, and does not take far longer than usual for a step."""
+        began, limit = self.step_began, max(STUCK_SECONDS, STUCK_STEPS * self.batch / self.rate)
+        stuck = began is not None and time.monotonic() > began + limit
+        return (self.thread.is_alive() or self.thread.ident is None) and not stuck
 
     @torch.inference_mode()
     def loop(self) -> None:
@@ -418,20 +411,16 @@ class Engine:
                     self.lock.wait_for(lambda: self.jobs or self.closing)
                     self.drop()
                     chosen = self.choose()
-                try:
-                    if chosen:
-                        self.turn(chosen)
-                except Exception:  # for example out of memory: this batch is lost, the other jobs continue
-                    log(traceback.format_exc())
-                    self.metrics.add("papilio_engine_errors_total")
-                    for job in {job for job, _ in chosen}:
-                        self.end(job, drawing_failed())
+                if chosen:
+                    self.step(chosen)
+        except Exception:
+            log(traceback.format_exc())
         finally:
             for job in list(self.jobs):
                 self.end(job, drawing_failed())
 
     def drop(self) -> None:
-        """Ends jobs that are late or whose client has left. The caller holds the lock, which keeps connections open."""
+        """Ends jobs that are late or whose client has left. The caller holds the lock: connections stay open."""
         poll, watched = select.poll(), {job.connection.fileno(): job for job in self.jobs if job.connection}
         for number in watched:
             poll.register(number, select.POLLIN)
@@ -439,48 +428,44 @@ class Engine:
             if watched[number].gone():
                 self.end(watched[number], client_left())
         for job in [job for job in self.jobs if job.deadline < time.monotonic()]:
-            self.end(job, too_late())
+            self.end(job, self.too_late())
 
     def choose(self) -> Members:
-        """Chooses the images of the next turn: one of each job, again and again, until the batch is full.
+        """Chooses the images of the next step: of the job with the least work left, then of the next one, in order.
 
-        Images that have begun come first. The measure of fairness is predictions: a job that has had its QUANTUM of a
-        round waits for the others, and none may save up more than a round (deficit round robin, Shreedhar & Varghese
-        1996, for batches).
+        Jobs that are older than AGED go first, the oldest one at the head. All that was admitted before takes at most
+        LOAD of the time limit, so none is late.
         """
-        for job in self.jobs:
-            job.spent = max(job.spent, (self.newest_round() - 1) * self.QUANTUM)
-        unfinished = {job: [drawing for drawing in job.drawings if drawing.pixels is None] for job in self.jobs}
-        shares, room, chosen = dict.fromkeys(self.jobs, 0), self.batch, []
-        while room > 0 and unfinished:
-            job = min(unfinished, key=lambda job: (job.spent // self.QUANTUM, shares[job]))
-            chosen.append((job, unfinished[job].pop(0)))
-            shares[job] += 1
-            job.spent += job.weight
-            room -= 1 if self.exact else job.weight  # exact calls are padded anyway
-            if not unfinished[job]:
-                del unfinished[job]
+        now, room, chosen = time.monotonic(), self.batch, []
+
+        def rank(job: Job) -> tuple:
+            aged = now > job.arrived + AGED * (job.deadline - job.arrived)
+            return job.arrived if aged else math.inf, job.work
+
+        for job in sorted(self.jobs, key=rank):
+            for drawing in job.drawings:
+                if room > 0 and drawing.pixels is None:
+                    chosen.append((job, drawing))
+                    room -= 1 if self.exact else drawing.weight  # exact calls are padded anyway
         return chosen
 
-    def newest_round(self) -> int:
-        return max((job.spent for job in self.jobs), default=0) // self.QUANTUM
-
-    def turn(self, chosen: Members) -> None:
+    def step(self, chosen: Members) -> None:
         """Makes one step of each image.
 
-        Images of one model share a call of the network. Guided ones, which need two predictions each, have their own.
+        Images of one model share a call of the network; those with guidance, which need two predictions each, share
+        another one.
         """
-        begin, cpu = time.perf_counter(), time.process_time()
+        self.step_began, begin, cpu = time.monotonic(), time.perf_counter(), time.process_time()
         groups = {}
         for job, drawing in chosen:
-            groups.setdefault((job.model, job.weight), []).append((job, drawing))
+            groups.setdefault((job.model, drawing.weight), []).append((job, drawing))
             if drawing is job.drawings[0] and drawing.step == 0:
-                self.metrics.observe("papilio_queue_wait_seconds", time.monotonic() - job.arrived)
+                self.metrics.observe("papilio_queue_wait_seconds", self.step_began - job.arrived)
         for members in groups.values():
             self.advance(members)
         seconds = time.perf_counter() - begin
-        predictions = sum(job.weight for job, _ in chosen)
-        if predictions >= self.batch:
+        predictions = sum(drawing.weight for _, drawing in chosen)
+        if predictions >= self.batch or predictions / seconds > self.rate:  # a part of a batch is less efficient
             self.rate += 0.1 * (predictions / seconds - self.rate)
         self.metrics.observe("papilio_step_seconds", seconds)
         self.metrics.add("papilio_steps_total", predictions)
@@ -489,15 +474,28 @@ class Engine:
             if all(drawing.pixels is not None for drawing in job.drawings):
                 self.end(job)
             job.news.set()
+        self.step_began = None
 
     def advance(self, members: Members) -> None:
-        """Makes one step of images of one model, in one call of the network; with `exact`, in a full batch."""
-        drawings = [drawing for _, drawing in members]
-        for drawing in drawings:
-            if drawing.step == 0:
-                drawing.begin(members[0][0].model)
-        sample.advance(members[0][0].model, drawings, self.batch if self.exact else len(drawings))
-        self.metrics.add("papilio_images_total", sum(drawing.pixels is not None for drawing in drawings))
+        """Makes one step of images of one model, in one call of the network; with `exact`, in a full batch.
+
+        If that fails, tries each image alone, so that only the request that causes the failure fails.
+        """
+        model, drawings = members[0][0].model, [drawing for _, drawing in members]
+        try:
+            for drawing in drawings:
+                if drawing.state is None:
+                    drawing.begin(model)
+            sample.advance(model, drawings, self.batch if self.exact else len(drawings))
+            self.metrics.add("papilio_images_total", sum(drawing.pixels is not None for drawing in drawings))
+        except Exception:
+            log(traceback.format_exc())
+            self.metrics.add("papilio_engine_errors_total")
+            if len(members) == 1:
+                return self.end(members[0][0], drawing_failed())
+            for job, drawing in members:
+                if not job.done.is_set():
+                    self.advance([(job, drawing)])
 
 
 # ---- telemetry -------------------------------------------------------------------------------------------------------
@@ -506,21 +504,21 @@ class Engine:
 METRICS = {
     "papilio_request_seconds": "Time from a request's head to the end of its response, by route and status.",
     "papilio_queue_wait_seconds": "Time from a request's admission to its first step.",
-    "papilio_step_seconds": "Time of a turn of the engine: one step of a batch of images.",
-    "papilio_steps_total": "Image-steps made, guided ones counted twice; turns and capacity tell how full batches are.",
+    "papilio_step_seconds": "Time of an iteration of the engine: one step of a batch of images.",
+    "papilio_steps_total": "Image-steps made; guided ones count twice.",
     "papilio_images_total": "Images finished.",
     "papilio_sampling_cpu_seconds_total": "CPU time of the process while the network ran.",
     "papilio_departures_total": "Clients that left before their images were finished.",
-    "papilio_engine_errors_total": "Turns that failed.",
+    "papilio_engine_errors_total": "Iterations of the engine that raised an exception.",
     "papilio_model_loads_total": "Models loaded, by result.",
     "papilio_save_errors_total": "Images that could not be saved.",
     "papilio_saved_bytes": "Bytes in the folder of served images.",
     "papilio_batch_capacity": "Image-steps that fit in a turn.",
-    "papilio_queue_requests": "Requests that are admitted and not finished.",
-    "papilio_queue_steps": "Image-steps that these still need.",
+    "papilio_queue_requests": "Admitted requests that are not finished.",
+    "papilio_queue_steps": "Image-steps still to be made for admitted requests.",
     "papilio_queue_capacity_steps": "Image-steps that may wait, or can be finished in time.",
     "papilio_connections": "Open connections.",
-    "papilio_turned_away_total": "Connections refused because all others had a request in flight.",
+    "papilio_turned_away_total": "Connections rejected because all others had a request in flight.",
     "papilio_worker_up": "1 while the engine's thread is alive.",
     "papilio_model_info": "Always 1; the labels say which model new requests get.",
     "papilio_gpu_memory_bytes": "Memory of tensors on the GPU.",
@@ -588,9 +586,9 @@ def process_gauges() -> dict:
 
 
 def log(text: str) -> None:
-    """Writes a line to stderr: the time and the last 1,000 characters of a text, without control characters."""
+    """Writes a line to stderr: the time and at most the last 1,000 characters of a text, without control characters."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with suppress(OSError):  # nobody may be reading
+    with suppress(OSError):  # stderr may be closed
         print(now, re.sub(r"[^ -~]+", " ", text)[-1000:], file=sys.stderr, flush=True)
 
 
@@ -603,7 +601,7 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def log_message(self, *_) -> None:
-        """Replaces the log of http.server."""
+        """Disables the log of http.server."""
 
     def handle(self) -> None:
         self.id, self.status, self.route, self.close_connection = secrets.token_hex(8), 0, "none", True
@@ -634,7 +632,7 @@ class Handler(BaseHTTPRequestHandler):
         if route not in ROUTES:
             route += "/"
         if route not in ROUTES:
-            raise Refusal(404, f"there is nothing at this path; there is: {', '.join(ROUTES)}")
+            raise Refusal(404, f"unknown path; the known paths are: {', '.join(ROUTES)}")
         self.route = route
         if request.method not in ("GET", "HEAD"):
             raise Refusal(405, "only GET and HEAD are implemented", headers={"Allow": "GET, HEAD"})
@@ -647,7 +645,7 @@ class Handler(BaseHTTPRequestHandler):
         """Raises Refusal for foreign host names (DNS rebinding), pages of other sites (CSRF) and a missing token."""
         hosts, tokens = self.server.hosts, self.server.tokens
         if request.host not in hosts:
-            raise Refusal(421, "this server does not have that name; --allow-host tells it its public names")
+            raise Refusal(421, "unknown host name; allow it with --allow-host")
         origin = re.fullmatch(r"https?://(.*)", request.headers.get("origin", f"http://{request.host}").lower())
         origin_host = HOST.fullmatch(origin[1]) if origin else None
         cross_site = self.route in GENERATING and request.headers.get("sec-fetch-site") == "cross-site"
@@ -657,6 +655,7 @@ class Handler(BaseHTTPRequestHandler):
         matches = [hmac.compare_digest(given, token) for token in tokens]  # all of them, for constant time
         if tokens and not (scheme.lower() == b"bearer" and any(matches)):
             raise Refusal(401, "a token is needed", headers={"WWW-Authenticate": "Bearer"})
+        self.client = given if tokens else self.client_address[0]
 
     def respond(self, status: int, body: bytes | None, kind: str, headers: dict | None = None) -> None:
         """Sends a response; without a body only its head. Raises OSError if the client does not take it in time."""
@@ -755,7 +754,7 @@ class Handler(BaseHTTPRequestHandler):
                         del unfinished[k]
         if not unfinished:
             return self.save_images(job)
-        error = job.error or too_late()
+        error = job.error or self.engine.too_late()
         self.status = error.status
         self.send("error", json.loads(self.error_body(error)))
 
@@ -802,12 +801,12 @@ class Handler(BaseHTTPRequestHandler):
         wanted = sample.DrawRequest(**fields | parse_query(request.query, parameters(model)))
         try:
             table = wanted.table(model.schedule)
-        except InputError as error:  # for example an offset that goes beyond the last timestep
-            raise Refusal(400, str(error), "eta" if wanted.eta else "steps") from error
+        except InputError as error:  # for example, steps_offset goes beyond the last timestep
+            raise Refusal(400, str(error), "eta" if "eta" in str(error) else "steps") from error
         images = wanted.images(model.network.config)
         facts = wanted.facts(model, len(table)) | sample.grid_facts(model.network.config, images)
         drawings = [sample.Drawing(seed, label, table, wanted.guidance) for label, seed in images]
-        job = Job(model, wanted, drawings, facts, client=f"{self.client_address[0]} {request.query}")
+        job = Job(model, wanted, drawings, facts, client=self.client)
         if job.work > self.server.max_cost:
             most = f"images x steps may be at most {self.server.max_cost}; guidance counts twice"
             raise Refusal(400, most, "n_images")
@@ -824,7 +823,7 @@ class Handler(BaseHTTPRequestHandler):
             self.engine.end(job, client_left())
             raise
         finally:
-            self.engine.end(job, too_late())
+            self.engine.end(job, self.engine.too_late())
 
     def save_images(self, job: Job) -> None:
         """Saves the images, with --save. A request does not fail because the disk does."""
@@ -846,7 +845,7 @@ def image_facts(job: Job, drawing: sample.Drawing) -> dict:
     return facts | {"seed": drawing.seed}
 
 
-# path: (method that responds, whose docstring describes it; media type)
+# path: (method of Handler, media type); the docstring of the method describes the route in /openapi.json
 ROUTES = {
     "/generate_sample/": (Handler.get_sample, "image/png"),
     "/generate_stream/": (Handler.get_stream, "text/event-stream"),
@@ -873,7 +872,7 @@ def openapi(model: sample.Model) -> dict:
             "200": {"description": "success", "content": {kind: {}}},
             "default": {"description": "an error", "content": {"application/json": error, "text/plain": {}}},
         }
-        operation = {"summary": " ".join(respond.__doc__.split()), "responses": responses}
+        operation = {"summary": " ".join((respond.__doc__ or "").split()), "responses": responses}
         if path in GENERATING:
             responses["304"] = {"description": "the client has this picture already"}
             operation["parameters"] = query
@@ -889,10 +888,10 @@ BUSY = (
 
 
 class Server(ThreadingHTTPServer):
-    """Sockets and threads, within limits, and what the handlers share.
+    """Accepts connections, within limits, and holds what the handlers share.
 
     hosts     names that it answers to, besides those of the loopback interface
-    tokens    bytes, of which a request must bring one; if there are none, everyone may ask
+    tokens    accepted bearer tokens (bytes); empty: no authentication
     store     a data.ServedImages, or None
     seconds   time limit of a request, including the queue
     max_cost  image-steps that a request may ask for
@@ -906,11 +905,11 @@ class Server(ThreadingHTTPServer):
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
-        self.connections: dict = {}  # oldest first; whether a request is in flight
+        self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         with data.disk_errors(f"listen on {address[0]} port {address[1]}", "choose another --host or --port"):
             super().__init__(address, Handler)
 
-    server_bind = socketserver.TCPServer.server_bind  # that of http.server looks up this machine's name
+    server_bind = socketserver.TCPServer.server_bind  # http.server's own makes a reverse DNS lookup
 
     # -- connections
 
@@ -969,7 +968,7 @@ class Server(ThreadingHTTPServer):
                 "papilio_batch_capacity": engine.batch,
                 "papilio_queue_requests": len(jobs),
                 "papilio_queue_steps": sum(job.work for job in jobs),
-                "papilio_queue_capacity_steps": min(engine.capacity, engine.rate * self.seconds),
+                "papilio_queue_capacity_steps": engine.room(self.seconds),
                 "papilio_connections": len(self.connections),
                 "papilio_worker_up": engine.alive(),
             }
@@ -996,7 +995,7 @@ SERVER_FLAGS = {
     "model": [
         sample.MODEL_FLAG,
         *sample.DEVICE_FLAGS,
-        Flag("--exact", None, bool, "the same bits as sample.py --exact, whatever is drawn at the same time"),
+        Flag("--exact", None, bool, "images bit-identical to those of sample.py --exact, in any batch"),
     ],
     "access": [
         Flag("--host", "127.0.0.1", str, "address to listen on; 0.0.0.0 means all addresses of this machine"),
@@ -1004,16 +1003,16 @@ SERVER_FLAGS = {
              "0 takes a free one"),
         Flag("--allow-host", None, str, "host name to answer to, besides localhost; may be repeated",
              {"action": "append"}),
-        Flag("--token-file", None, Path, "tokens, one a line, of which a request must bring one (default: "
-             "$PAPILIO_TOKEN)"),
+        Flag("--token-file", None, Path, "file of accepted bearer tokens, one per line (default: the tokens "
+             "in $PAPILIO_TOKEN)"),
     ],
     "limits": [
         Flag("--batch-size", 8, whole(1, 1024), "images per call of the network; --exact has a batch size of its own"),
-        Flag("--max-cost", 6400, whole(1), "images x steps that one request may ask for"),
+        Flag("--max-cost", 6400, whole(1), "images x steps allowed per request; guidance counts twice"),
         Flag("--queue", 20_000, whole(1), "images x steps that may wait; further requests get 429"),
         Flag("--timeout", 120.0, real(0.1, 10**6), "seconds after which a request gets 504"),
-        Flag("--save", None, Path, "folder to save served images in, for monitor.py (default: none are saved)"),
-        Flag("--save-limit", 1000, whole(1), "megabytes in that folder, above which the oldest day is deleted"),
+        Flag("--save", None, Path, "folder to save served images in, for monitor.py (default: images are not saved)"),
+        Flag("--save-limit", 1000, whole(1), "size limit of the --save folder in MB; the oldest day is deleted first"),
     ],
 }  # fmt: skip
 
@@ -1038,7 +1037,7 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     tokens = tuple(line.strip() for line in content.splitlines() if line.strip())
     wanted = file or "PAPILIO_TOKEN" in os.environ
     if wanted and not (tokens and all(re.fullmatch(rb"[!-~]{8,}", token) for token in tokens)):
-        raise InputError(f"{source}: a token is one line of at least 8 visible ASCII characters")
+        raise InputError(f"{source}: it needs one token per line, of at least 8 visible ASCII characters")
     return tokens
 
 
@@ -1048,9 +1047,7 @@ def serve(args: argparse.Namespace) -> None:
     tokens = read_tokens(args.token_file)
     device, metrics = sample.choose_device(args.device), Metrics()
     source = args.model, device, sample.choose_precision(device, args.precision)
-    store = None
-    if args.save:
-        store = data.ServedImages(args.save, args.save_limit * 10**6)
+    store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), metrics)
     server = Server(
         (args.host, args.port),
@@ -1080,16 +1077,16 @@ def serve(args: argparse.Namespace) -> None:
         if signal.SIGHUP in signals:
             signals.remove(signal.SIGHUP)
             threading.Thread(target=engine.reload, args=source, daemon=True).start()
-        time.sleep(0.1)  # polled: a signal that reaches another thread would not wake this one from a longer wait
+        time.sleep(0.1)  # polled: a signal delivered to another thread would not interrupt a longer wait
     log("shutting down")
-    for number in (signal.SIGTERM, signal.SIGINT):  # the second time: at once
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second signal exits at once
         signal.signal(number, signal.SIG_DFL)
     server.drain()
-    os._exit(0)  # the interpreter's own exit aborts if a thread is still in a step or writes a line
+    os._exit(0)  # sys.exit would abort if a thread is still in a step or writes a line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = data.Parser("server.py", "Draw images over HTTP.", __doc__)
+    parser = data.Parser("server.py", "Serve images over HTTP.", __doc__)
     data.add_flags(parser, SERVER_FLAGS)
     args = parser.parse_args(argv)
     sample.set_threads()
