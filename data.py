@@ -12,6 +12,7 @@ loader state. The file also owns PNG and atomic writing, the folder of served im
 import argparse
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -336,9 +337,9 @@ def write_png(path: Path | str, *picture) -> None:
 class ServedImages:
     """A folder of the images that the server has made: written by the server, read by the monitor.
 
-    An image is `<day>/<request>-<k>.png`, and a line of JSON with its facts in `<day>/<process>.jsonl`. When the folder
-    exceeds `limit` bytes the oldest day is deleted; if only today is left, nothing more is saved. Several threads and
-    processes may save into one folder.
+    An image is `<day>/<request>-<k>.png`, and a line of JSON with its facts in `<day>/<process>.jsonl`. Above `limit`
+    bytes images are deleted: those of the oldest day first, and those of one day in random order, so that an even
+    sample of the day stays. Several threads and processes may save into one folder.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -346,65 +347,98 @@ class ServedImages:
         self.log_name = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
         with disk_errors(f"write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            self.count()
+            tempfile.TemporaryFile(dir=folder).close()
+            self.scan()
 
     def days(self) -> list[Path]:
-        """Lists the folders of days, oldest first. Folders without a log belong to something else."""
+        """Lists the folders of days, oldest first. Links, and folders without a log, belong to something else."""
         named = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-        return sorted(day for day in named if any(day.glob("*.jsonl")))
+        return sorted(day for day in named if not day.is_symlink() and any(day.glob("*.jsonl")))
+
+    def records(self, day: Path) -> Iterator[tuple]:
+        """Yields (file, facts) of each image that the logs of a day name, whether it still exists or not."""
+        for log in sorted(day.glob("*.jsonl")):
+            lines = []
+            with suppress(OSError):  # deleted by another process
+                lines = log.read_bytes().splitlines()
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash, or not ours
+                    facts = json.loads(line)
+                    if re.fullmatch(re.escape(facts["request"]) + r"-\d+\.png", facts["file"]):
+                        yield day / facts["file"], facts
 
     def read(self, day: Path) -> Iterator[tuple]:
-        """Yields (facts, pixels) of each image of a day: uint8 (C, H, W), or None if its file is missing or damaged."""
-        for log in sorted(day.glob("*.jsonl")):
-            for line in log.read_bytes().splitlines():
-                try:
-                    facts = json.loads(line)
-                    file = day / Path(facts["file"]).name
-                except (ValueError, KeyError, TypeError):  # a line that a crash has cut off
-                    continue
-                try:
-                    with Image.open(file, formats=["PNG"]) as image:
-                        yield facts, _pixels(image)
-                except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
-                    yield facts, None
+        """Yields (facts, pixels) of each image of a day that has not been deleted: uint8 (C, H, W), None if damaged."""
+        for file, facts in self.records(day):
+            try:
+                with Image.open(file, formats=["PNG"]) as image:
+                    yield facts, _pixels(_to_mode(image, len(image.getbands())))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+                yield facts, None
 
-    def count(self) -> None:
-        """Counts the bytes that this and other processes have saved."""
-        self.bytes = sum(file.stat().st_size for day in self.days() for file in day.glob("[!.]*"))
-        self.counted = time.monotonic()
+    def scan(self) -> None:
+        """Lists the images that this and other processes have saved, as a heap whose first image is deleted first."""
+        self.images, self.bytes, self.unscanned = [], 0, 0
+        for day in self.days():
+            self.bytes += sum(log.stat().st_size for log in day.glob("*.jsonl"))
+            for file, _ in self.records(day):
+                with suppress(OSError):
+                    self._add(file, file.lstat().st_size)
 
-    def save(self, name: str, images: Sequence[tuple]) -> list[Exception]:
-        """Saves (uint8 (C, H, W) image, facts) pairs. Returns the errors of those not saved; raises nothing."""
+    def _add(self, file: Path, size: int) -> None:
+        order = hashlib.blake2b(file.name.encode()).digest()  # random, and the same in all processes
+        heapq.heappush(self.images, (file.parent.name, order, file, size))
+        self.bytes += size
+
+    def save(self, name: str, images: Sequence[tuple]) -> tuple[list, list]:
+        """Saves (uint8 (C, H, W) image, facts) pairs. Returns errors and the images deleted to make room."""
         day = self.folder / time.strftime("%Y-%m-%d", time.gmtime())
-        errors = []
+        errors, deleted = [], []
         with self.lock:
             for k, (pixels, facts) in enumerate(images):
-                facts = facts | {"request": name, "time": f"{time.time():.3f}"}
+                facts = {"file": f"{name}-{k}.png", "request": name, "time": f"{time.time():.3f}", **facts}
                 try:
-                    self._save_one(day, f"{name}-{k}.png", pixels, facts)
+                    deleted += self._save_one(day / facts["file"], pixels, facts)
                 except (InputError, OSError) as error:
                     errors.append(error)
-        return errors
+        return errors, deleted
 
-    def _save_one(self, day: Path, name: str, pixels: Tensor, facts: dict) -> None:
+    def _save_one(self, path: Path, pixels: Tensor, facts: dict) -> list[Path]:
+        """Saves an image unless it is the first to delete. Returns the deleted files."""
         encoded = encode_png(grid(pixels[None], padding=0), facts)
-        line = json.dumps({"file": name, **facts}) + "\n"
-        self._make_room(day, len(encoded) + len(line))
-        atomic_write(day / name, lambda file: file.write(encoded))
-        self.bytes += len(encoded)
-        with open(day / self.log_name, "a", encoding="utf-8") as log:
-            self.bytes += log.write(line)
+        line = json.dumps(facts) + "\n"
+        if self.unscanned > self.limit / 50:  # others save here too
+            self.scan()
+        self._add(path, len(encoded) + len(line))
+        self.unscanned += len(encoded) + len(line)
+        deleted = self._make_room()
+        if path not in deleted:
+            atomic_write(path, lambda file: file.write(encoded))
+            with open(path.parent / self.log_name, "a", encoding="utf-8") as log:
+                log.write(line)
+        return deleted
 
-    def _make_room(self, today: Path, size: int) -> None:
-        if time.monotonic() > self.counted + 600:  # other processes save here too
-            self.count()
-        while self.bytes + size > self.limit:
-            oldest = next(iter(self.days()), today)
-            if oldest == today:
-                raise InputError(f"the images of today fill the {self.limit:,} bytes of {self.folder}")
-            with suppress(FileNotFoundError):  # deleted by another process
-                shutil.rmtree(oldest)
-            self.count()
+    def _make_room(self) -> list[Path]:
+        """Deletes images, and logs of days without images, until the rest fit. Returns the images."""
+        deleted = []
+        while self.bytes > self.limit and self.images:
+            day, _, file, size = heapq.heappop(self.images)
+            self.bytes -= size
+            file.unlink(missing_ok=True)
+            deleted.append(file)
+            if self.images and self.images[0][0] != day:
+                self._delete_logs(file.parent)
+        return deleted
+
+    def _delete_logs(self, day: Path) -> None:
+        for log in day.glob("*.jsonl"):
+            if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name):
+                self.bytes -= log.stat().st_size
+                log.unlink(missing_ok=True)
+        with suppress(OSError):  # other files are kept
+            day.rmdir()
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
