@@ -19,6 +19,7 @@ import hmac
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -31,7 +32,8 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,15 +42,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import data
+import monitor
 import sample
 from data import Flag, InputError, real, whole
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
 MAX_TARGET = 8 * 1024  # bytes
 MAX_HEADERS = 100
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 256  # fewer if RLIMIT_NOFILE is low
+OTHER_FILES = 64  # descriptors for everything that is not a connection
 MAX_THREADS = 2 * MAX_CONNECTIONS  # above it a rejected connection is closed at once
 MAX_JOBS = 224  # the other connections are for probes and refusals
 LOAD = 0.6  # of the time limit: admitted jobs take at most this long in all, at the measured rate
@@ -65,6 +70,7 @@ DRAIN_SECONDS = 6.0  # to finish admitted jobs, then at most 2 s to close: conta
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR_FIELDS = ("message", "type", "param", "code", "request_id")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY")
+CLASS_NAMES = ("class", "guidance")  # parameters that not every model has
 HTTP_NAMES = {"n": "n_images", "classes": "class"}  # names of parameters that differ from fields of a DrawRequest
 
 
@@ -82,6 +88,19 @@ drawing_failed = partial(Refusal, 500, "the images could not be drawn")
 client_left = partial(Refusal, 408, "the client has left")
 
 
+class ClientLeft(Exception):
+    """The client has closed its connection, or does not read."""
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turns an OSError of a client's connection into ClientLeft, so that it is not taken for an error of the server."""
+    try:
+        yield
+    except OSError as error:
+        raise ClientLeft from error
+
+
 # ---- reading a request -----------------------------------------------------------------------------------------------
 
 
@@ -97,7 +116,7 @@ class Request:
 def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes:
     """Reads up to the first empty line, which ends the head of a request.
 
-    Raises Refusal as soon as the bytes are not valid HTTP, too many or too slow, and OSError if the client leaves.
+    Raises Refusal as soon as the bytes are not valid HTTP, too many or too slow, and ClientLeft if the client leaves.
     """
     deadline, head, searched = time.monotonic() + seconds, b"", 0
     while (end := head.find(b"\r\n\r\n", searched)) < 0 and len(head) <= MAX_HEAD:
@@ -106,11 +125,11 @@ def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise Refusal(408, f"the head of the request took longer than {seconds:g} seconds")
-        connection.settimeout(remaining)
-        with suppress(TimeoutError):
+        with client_errors(), suppress(TimeoutError):
+            connection.settimeout(remaining)
             part = connection.recv(65536)
             if not part:
-                raise ConnectionResetError("the client has left")
+                raise ClientLeft
             searched = max(0, len(head) - 3)
             head += part
     if 0 <= end <= MAX_HEAD:
@@ -137,7 +156,7 @@ CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")  # RFC 9112, 6.2
 
 
 def parse_head(head: bytes) -> Request:
-    """Parses the head of a request. Raises Refusal if it is malformed or announces a body."""
+    """Parses the head of a request. Raises Refusal if it is malformed."""
     line, *lines = head.split(b"\r\n")
     words = line.split(b" ")  # RFC 9112, 3: single spaces
     if len(words) != 3 or not re.fullmatch(TOKEN + rb"{1,32}", words[0]) or not VERSION.fullmatch(words[2]):
@@ -157,7 +176,7 @@ def parse_head(head: bytes) -> Request:
         )
     authority, path, query = parts.groups()
     headers = parse_fields(lines)
-    check_no_body(headers)
+    check_framing(headers)
     if version == "HTTP/1.0":
         headers.setdefault("host", "unnamed")
     named = headers.get("host", "").lower()
@@ -185,15 +204,18 @@ def parse_fields(lines: list[bytes]) -> dict:
     return headers
 
 
-def check_no_body(headers: dict) -> None:
-    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), a body or an Expect header."""
-    length = headers.get("content-length", "0")
+def check_framing(headers: dict) -> None:
+    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3)."""
     both = "content-length" in headers and "transfer-encoding" in headers
-    if both or not CONTENT_LENGTH.fullmatch(length):
+    if both or not CONTENT_LENGTH.fullmatch(headers.get("content-length", "0")):
         raise Refusal(400, "Content-Length is malformed, or sent with Transfer-Encoding")
+
+
+def check_no_body(headers: dict) -> None:
+    """Raises Refusal for a body or an Expect header."""
     if "expect" in headers:
         raise Refusal(417, "the Expect header is not supported")
-    if int(length) or "transfer-encoding" in headers:
+    if int(headers.get("content-length", 0)) or "transfer-encoding" in headers:
         raise Refusal(413, "a request must not have a body")
 
 
@@ -211,6 +233,8 @@ def parse_query(query: str, flags: dict) -> dict:
         except UnicodeDecodeError as error:
             raise Refusal(400, "the query is not UTF-8") from error
         flag = flags.get(name)
+        if flag is None and name in CLASS_NAMES:
+            raise Refusal(400, f"{name} needs a model that was trained with classes and label dropout", name)
         if flag is None:
             raise Refusal(400, f"unknown parameter; the known parameters are: {', '.join(flags)}")
         if flag.dest in values:
@@ -298,10 +322,11 @@ Members = list[tuple[Job, sample.Drawing]]
 class Engine:
     """Owns the network: admits jobs, and advances a batch of their images by one step at a time, in its own thread."""
 
-    def __init__(self, batch: int, capacity: int, exact: bool, metrics: "Metrics"):
+    def __init__(self, batch: int, capacity: int, exact: bool, metrics: monitor.Metrics):
         self.batch = sample.EXACT_BATCH if exact else batch
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
-        self.lock, self.loading = threading.Condition(), threading.Lock()
+        self.lock = threading.Condition()
+        self.loader = ThreadPoolExecutor(1)  # one load after the other, so that the latest wins
         self.jobs: list[Job] = []
         self.model: sample.Model | None = None  # of new jobs
         self.rate = 100.0  # predictions a second
@@ -333,12 +358,11 @@ class Engine:
 
     def reload(self, *source) -> None:
         """Calls `load`. An error is logged and counted, and the current model stays."""
-        with self.loading:  # serialised, so that the latest reload wins
-            try:
-                self.load(*source)
-            except Exception as error:
-                self.metrics.add("papilio_model_loads_total", result="refused")
-                log(f"the model was not loaded, the current one stays: {error}")
+        try:
+            self.load(*source)
+        except Exception as error:
+            self.metrics.add("papilio_model_loads_total", result="refused")
+            log(f"the model was not loaded, the current one stays: {error}")
 
     def room(self, seconds: float) -> float:
         """Returns how much work is admitted: what takes LOAD of a time limit at the measured rate, up to `capacity`."""
@@ -388,6 +412,7 @@ class Engine:
 
     def close(self, seconds: float) -> None:
         """Admits no more jobs, finishes what it can within `seconds`, and refuses the rest."""
+        self.loader.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             self.closing = True
             self.lock.notify_all()
@@ -498,98 +523,35 @@ class Engine:
                     self.advance([(job, drawing)])
 
 
-# ---- telemetry -------------------------------------------------------------------------------------------------------
+# ---- log -------------------------------------------------------------------------------------------------------------
 
-# name: help. Names follow the conventions of Prometheus, which give the type: see metric_type.
-METRICS = {
-    "papilio_request_seconds": "Time from a request's head to the end of its response, by route and status.",
-    "papilio_queue_wait_seconds": "Time from a request's admission to its first step.",
-    "papilio_step_seconds": "Time of an iteration of the engine: one step of a batch of images.",
-    "papilio_steps_total": "Image-steps made; guided ones count twice.",
-    "papilio_images_total": "Images finished.",
-    "papilio_sampling_cpu_seconds_total": "CPU time of the process while the network ran.",
-    "papilio_departures_total": "Clients that left before their images were finished.",
-    "papilio_engine_errors_total": "Iterations of the engine that raised an exception.",
-    "papilio_model_loads_total": "Models loaded, by result.",
-    "papilio_save_errors_total": "Images that could not be saved.",
-    "papilio_saved_bytes": "Bytes in the folder of served images.",
-    "papilio_batch_capacity": "Image-steps that fit in a turn.",
-    "papilio_queue_requests": "Admitted requests that are not finished.",
-    "papilio_queue_steps": "Image-steps still to be made for admitted requests.",
-    "papilio_queue_capacity_steps": "Image-steps that may wait, or can be finished in time.",
-    "papilio_connections": "Open connections.",
-    "papilio_turned_away_total": "Connections rejected because all others had a request in flight.",
-    "papilio_worker_up": "1 while the engine's thread is alive.",
-    "papilio_model_info": "Always 1; the labels say which model new requests get.",
-    "papilio_gpu_memory_bytes": "Memory of tensors on the GPU.",
-    "process_resident_memory_bytes": "Memory of the process.",
-    "process_cpu_seconds_total": "CPU time of the process.",
-    "process_open_fds": "Open file descriptors.",
-}
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
-
-
-def metric_type(name: str) -> str:
-    if name.endswith("_total"):
-        return "counter"
-    return "histogram" if name.endswith("_seconds") else "gauge"
-
-
-def labelled(name: str, **labels: str) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = ",".join(f'{key}="{str(value).translate(escapes)}"' for key, value in labels.items())
-    return f"{name}{{{pairs}}}" if pairs else name
-
-
-class Metrics:
-    """Counters and histograms, and the page that shows them together with gauges (Prometheus text format 0.0.4)."""
-
-    def __init__(self):
-        self.lock = threading.RLock()
-        self.numbers: dict = {}  # by name and labels
-
-    def add(self, name: str, value: float = 1, **labels: str) -> None:
-        key = labelled(name, **labels)
-        with self.lock:
-            self.numbers[key] = self.numbers.get(key, 0) + value
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        with self.lock:  # a page shows all of an observation or nothing
-            for bound in (*BUCKETS, math.inf):
-                self.add(f"{name}_bucket", value <= bound, **labels, le="+Inf" if bound == math.inf else f"{bound:g}")
-            self.add(f"{name}_sum", value, **labels)
-            self.add(f"{name}_count", 1, **labels)
-
-    def page(self, gauges: dict) -> str:
-        with self.lock:
-            numbers = self.numbers | gauges
-        lines = []
-        for name, sentence in METRICS.items():
-            lines += [f"# HELP {name} {sentence}", f"# TYPE {name} {metric_type(name)}"]
-            names = [name]
-            if metric_type(name) == "histogram":
-                names = [f"{name}_bucket", f"{name}_sum", f"{name}_count"]
-            lines += [f"{key} {value:.15g}" for key, value in numbers.items() if key.partition("{")[0] in names]
-        return "\n".join([*lines, ""])
-
-
-def process_gauges() -> dict:
-    """Returns gauges of this process: CPU time, and on Linux memory and file descriptors."""
-    gauges = {"process_cpu_seconds_total": time.process_time()}
-    with suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        gauges["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-    if torch.cuda.is_available():
-        gauges["papilio_gpu_memory_bytes"] = torch.cuda.memory_allocated()
-    return gauges
+LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
 
 
 def log(text: str) -> None:
-    """Writes a line to stderr: the time and at most the last 1,000 characters of a text, without control characters."""
+    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with suppress(OSError):  # stderr may be closed
-        print(now, re.sub(r"[^ -~]+", " ", text)[-1000:], file=sys.stderr, flush=True)
+    with suppress(queue.Full):
+        LOG.put_nowait(f"{now} {re.sub(r'[^ -~]+', ' ', text)[-1000:]}\n")
+
+
+def write_log() -> None:
+    """Writes queued lines: in a thread of its own, because a full pipe blocks."""
+    while True:
+        line = LOG.get()
+        with suppress(OSError, ValueError):  # stderr may be closed
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        LOG.task_done()
+
+
+def flush_log(seconds: float) -> None:
+    """Waits until the log is written, or for `seconds` if nobody reads it."""
+    with LOG.all_tasks_done:
+        LOG.all_tasks_done.wait_for(lambda: not LOG.unfinished_tasks, seconds)
+
+
+threading.Thread(target=write_log, daemon=True).start()
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
@@ -614,12 +576,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(parse_head(head))
             except Refusal as refusal:
                 self.refuse(refusal)
-        except OSError:  # the client has left, or does not read
+        except ClientLeft:
             self.status = self.status or 499
         except Exception:
             log(traceback.format_exc())
             if not self.status:
-                with suppress(OSError):
+                with suppress(ClientLeft):
                     self.refuse(Refusal(500, "this is an error in the server"))
         seconds = time.perf_counter() - begin
         if self.route != "none" or self.status != 499:  # a connection without a request is not logged
@@ -634,38 +596,45 @@ class Handler(BaseHTTPRequestHandler):
         if route not in ROUTES:
             raise Refusal(404, f"unknown path; the known paths are: {', '.join(ROUTES)}")
         self.route = route
-        if request.method not in ("GET", "HEAD"):
-            raise Refusal(405, "only GET and HEAD are implemented", headers={"Allow": "GET, HEAD"})
+        respond, methods, _ = ROUTES[route]
+        if request.method not in methods:
+            allowed = ", ".join(methods)
+            raise Refusal(405, f"the methods of this route are {allowed}", headers={"Allow": allowed})
+        check_no_body(request.headers)
         if route not in PROBES:
             self.check_access(request)
-        respond, _ = ROUTES[route]
         respond(self, request)
 
     def check_access(self, request: Request) -> None:
         """Raises Refusal for foreign host names (DNS rebinding), pages of other sites (CSRF) and a missing token."""
-        hosts, tokens = self.server.hosts, self.server.tokens
-        if request.host not in hosts:
+        tokens, sent = self.server.tokens, request.headers
+        scraped = self.route == "/metrics" and re.fullmatch(r"[\d.]+|\[.*\]", request.host)  # by address: not rebound
+        if not (tokens or scraped or self.server.allows(request.host)):
             raise Refusal(421, "unknown host name; allow it with --allow-host")
-        origin = re.fullmatch(r"https?://(.*)", request.headers.get("origin", f"http://{request.host}").lower())
+        origin = re.fullmatch(r"https?://(.*)", sent.get("origin", f"http://{request.host}").lower())
         origin_host = HOST.fullmatch(origin[1]) if origin else None
-        cross_site = self.route in GENERATING and request.headers.get("sec-fetch-site") == "cross-site"
-        if cross_site or not origin_host or origin_host[1] not in hosts:
+        same = origin_host and (origin_host[1] == request.host or self.server.allows(origin_host[1]))
+        opened = (sent.get("sec-fetch-mode"), sent.get("sec-fetch-dest", "document")) == ("navigate", "document")
+        embedded = self.route in GENERATING and sent.get("sec-fetch-site") == "cross-site" and not opened
+        if embedded or not same:
             raise Refusal(403, "pages of other sites may not use this server")
-        scheme, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        scheme, _, given = sent.get("authorization", "").encode("latin-1").partition(b" ")
+        given = given.strip(b" ")
         matches = [hmac.compare_digest(given, token) for token in tokens]  # all of them, for constant time
         if tokens and not (scheme.lower() == b"bearer" and any(matches)):
-            raise Refusal(401, "a token is needed", headers={"WWW-Authenticate": "Bearer"})
+            text = "send one of this server's tokens in a header: Authorization: Bearer TOKEN"
+            raise Refusal(401, text, headers={"WWW-Authenticate": "Bearer"})
         self.client = given if tokens else self.client_address[0]
 
     def respond(self, status: int, body: bytes | None, kind: str, headers: dict | None = None) -> None:
-        """Sends a response; without a body only its head. Raises OSError if the client does not take it in time."""
+        """Sends a response; without a body only its head. Raises ClientLeft if the client does not take it in time."""
         self.status = status
-        self.connection.settimeout(WRITE_SECONDS + len(body or b"") / SLOWEST_READER)
         self.send_response(status)
         fields = {
             "Content-Type": kind,
             "Connection": "close",
             "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-store",
             "X-Request-Id": self.id,
             **(headers or {}),
@@ -676,9 +645,11 @@ class Handler(BaseHTTPRequestHandler):
             if re.search(r"[^ -~]", value):
                 raise ValueError(f"the header {name} has characters that a header may not have")
             self.send_header(name, value)
-        self.end_headers()
-        if body and not self.head_only:
-            self.wfile.write(body)
+        with client_errors():
+            self.connection.settimeout(WRITE_SECONDS + len(body or b"") / SLOWEST_READER)
+            self.end_headers()
+            if body and not self.head_only:
+                self.wfile.write(body)
 
     def refuse(self, refusal: Refusal) -> None:
         self.respond(refusal.status, self.error_body(refusal), "application/json", refusal.headers)
@@ -714,14 +685,19 @@ class Handler(BaseHTTPRequestHandler):
         self.respond(200, json.dumps(openapi(self.model())).encode(), "application/json")
 
     def get_sample(self, request: Request) -> None:
-        """Draws images: a PNG, as a grid if there are several."""
+        """Draws images: a PNG, as a grid if there are several. POST with `Accept: application/json`: the PNG of each
+        image in base64, with its seed."""
         job = self.new_job(request)
+        as_json = request.method == "POST" and "application/json" in request.headers.get("accept", "")
         headers = job_headers(job)
-        if "seed" in urllib.parse.parse_qs(request.query):  # the same request gives the same picture
+        if request.method != "POST" and "seed" in urllib.parse.parse_qs(
+            request.query
+        ):  # the same request gives the same picture
             tag = f'"{hashlib.sha256(json.dumps(job.facts).encode()).hexdigest()[:32]}"'
+            known = request.headers.get("if-none-match", "")
             weak = "" if self.engine.exact else "W/"  # bits depend on the batch, except with --exact
             headers |= {"ETag": weak + tag, "Cache-Control": "no-cache"}
-            if tag in re.findall(r'"[^"]*"', request.headers.get("if-none-match", "")):
+            if tag in re.findall(r'"[^"]*"', known) or known == "*":
                 return self.respond(304, None, "image/png", headers)
         if self.head_only:
             return self.respond(200, None, "image/png", headers)
@@ -729,30 +705,39 @@ class Handler(BaseHTTPRequestHandler):
             job.done.wait(max(0, job.deadline - time.monotonic()))
         if job.error:
             raise job.error
-        images = torch.stack([drawing.pixels for drawing in job.drawings])
-        self.respond(200, data.encode_png(data.grid(images), job.facts), "image/png", headers)
+        if as_json:
+            content = {"images": [image_content(job, drawing, drawing.pixels) for drawing in job.drawings]}
+            self.respond(200, json.dumps(content).encode(), "application/json", headers)
+        else:
+            images = torch.stack([drawing.pixels for drawing in job.drawings])
+            self.respond(200, data.encode_png(data.grid(images), job.facts), "image/png", headers)
         self.save_images(job)
 
     def get_stream(self, request: Request) -> None:
         """Draws images and reports progress as server-sent events: queued, step (with the newest estimate of an image),
-        image (finished), error."""
+        image (finished), and at the end done or error."""
+        if "last-event-id" in request.headers:  # the automatic reconnection of an EventSource, which 204 stops
+            return self.respond(204, None, "text/event-stream")
         job = self.new_job(request)
         for drawing in job.drawings:
             drawing.watched = True
+        headers = job_headers(job) | {"X-Accel-Buffering": "no"}  # no buffering in nginx
         if self.head_only:
-            return self.respond(200, None, "text/event-stream", job_headers(job))
+            return self.respond(200, None, "text/event-stream", headers)
         with self.submitted(job):
-            self.respond(200, None, "text/event-stream", job_headers(job))
+            self.respond(200, None, "text/event-stream", headers)
+            self.send_lines(f"retry: 600000\nid: {self.id}\n")
             self.send("queued", {"request_id": self.id, "images": len(job.drawings), "steps": job.facts["steps"]})
             unfinished = dict(enumerate(job.drawings))
             while unfinished and not job.error and (remaining := job.deadline - time.monotonic()) > 0:
                 if not job.news.wait(min(remaining, HEARTBEAT_SECONDS)):
-                    self.send_heartbeat()
+                    self.send_lines(": still here\n\n")
                 job.news.clear()
                 for k, drawing in list(unfinished.items()):
                     if time.monotonic() < job.deadline and self.send_progress(job, k, drawing):
                         del unfinished[k]
         if not unfinished:
+            self.send("done", {"images": len(job.drawings)})
             return self.save_images(job)
         error = job.error or self.engine.too_late()
         self.status = error.status
@@ -767,20 +752,18 @@ class Handler(BaseHTTPRequestHandler):
         if newest is None:
             return False
         step, pixels = newest
-        picture = data.encode_png(data.grid(pixels[None], padding=0), image_facts(job, drawing))
-        content = {"image": k, "seed": drawing.seed, "step": step, "steps": job.facts["steps"]}
-        content["png"] = base64.b64encode(picture).decode()
+        content = {"image": k, "step": step, "steps": job.facts["steps"], **image_content(job, drawing, pixels)}
         self.send("image" if finished else "step", content)
         return finished
 
     def send(self, event: str, content: dict) -> None:
-        """Sends one event. Raises OSError if the client does not take it in time."""
-        self.connection.settimeout(WRITE_SECONDS)
-        self.wfile.write(f"event: {event}\ndata: {json.dumps(content)}\n\n".encode())
+        self.send_lines(f"event: {event}\ndata: {json.dumps(content)}\n\n")
 
-    def send_heartbeat(self) -> None:
-        self.connection.settimeout(WRITE_SECONDS)
-        self.wfile.write(b": still here\n\n")
+    def send_lines(self, text: str) -> None:
+        """Sends a part of a stream. Raises ClientLeft if the client does not take it in time."""
+        with client_errors():
+            self.connection.settimeout(WRITE_SECONDS)
+            self.wfile.write(text.encode())
 
     # -- jobs
 
@@ -819,19 +802,24 @@ class Handler(BaseHTTPRequestHandler):
         self.engine.submit(job)
         try:
             yield
-        except OSError:
+        except ClientLeft:
             self.engine.end(job, client_left())
             raise
         finally:
             self.engine.end(job, self.engine.too_late())
 
     def save_images(self, job: Job) -> None:
-        """Saves the images, with --save. A request does not fail because the disk does."""
+        """Saves the images, with --save, once the response is complete; errors are logged and counted."""
         if self.server.store:
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
             images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
-            for error in self.server.store.save(self.id, images):
+            errors, deleted = self.server.store.save(self.id, images)
+            for error in errors:
                 self.server.metrics.add("papilio_save_errors_total")
                 log(f"not saved: {error}")
+            for file in deleted:
+                log(f"--save-limit: a random sample of the day is kept, without {file}")
 
 
 def job_headers(job: Job) -> dict:
@@ -845,16 +833,22 @@ def image_facts(job: Job, drawing: sample.Drawing) -> dict:
     return facts | {"seed": drawing.seed}
 
 
-# path: (method of Handler, media type); the docstring of the method describes the route in /openapi.json
+def image_content(job: Job, drawing: sample.Drawing, pixels: Tensor) -> dict:
+    picture = data.encode_png(data.grid(pixels[None], padding=0), image_facts(job, drawing))
+    return {"seed": drawing.seed, "png": base64.b64encode(picture).decode()}
+
+
+GET, POST = ("GET", "HEAD"), ("GET", "HEAD", "POST")
+# path: (method of Handler, HTTP methods, media type); the docstring of the method describes the route in /openapi.json
 ROUTES = {
-    "/generate_sample/": (Handler.get_sample, "image/png"),
-    "/generate_stream/": (Handler.get_stream, "text/event-stream"),
-    "/openapi.json": (Handler.get_openapi, "application/json"),
-    "/metrics": (Handler.get_metrics, "text/plain"),
-    "/healthz": (Handler.get_health, "text/plain"),
-    "/health": (Handler.get_health, "text/plain"),
-    "/readyz": (Handler.get_ready, "text/plain"),
-    "/ready": (Handler.get_ready, "text/plain"),
+    "/generate_sample/": (Handler.get_sample, POST, "image/png"),
+    "/generate_stream/": (Handler.get_stream, GET, "text/event-stream"),
+    "/openapi.json": (Handler.get_openapi, GET, "application/json"),
+    "/metrics": (Handler.get_metrics, GET, "text/plain"),
+    "/healthz": (Handler.get_health, GET, "text/plain"),
+    "/health": (Handler.get_health, GET, "text/plain"),
+    "/readyz": (Handler.get_ready, GET, "text/plain"),
+    "/ready": (Handler.get_ready, GET, "text/plain"),
 }
 GENERATING = ("/generate_sample/", "/generate_stream/")
 PROBES = ("/healthz", "/health", "/readyz", "/ready")  # answered under any host name, without a token
@@ -867,7 +861,7 @@ def openapi(model: sample.Model) -> dict:
     error = {"type": "object", "required": list(ERROR_FIELDS), "properties": properties}
     error = {"schema": {"type": "object", "required": ["error"], "properties": {"error": error}}}
     paths = {}
-    for path, (respond, kind) in ROUTES.items():
+    for path, (respond, methods, kind) in ROUTES.items():
         responses = {
             "200": {"description": "success", "content": {kind: {}}},
             "default": {"description": "an error", "content": {"application/json": error, "text/plain": {}}},
@@ -877,6 +871,8 @@ def openapi(model: sample.Model) -> dict:
             responses["304"] = {"description": "the client has this picture already"}
             operation["parameters"] = query
         paths[path] = {"get": operation}
+        if "POST" in methods:
+            paths[path]["post"] = operation
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
 
 
@@ -905,6 +901,7 @@ class Server(ThreadingHTTPServer):
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
+        self.max_connections = min(MAX_CONNECTIONS, max(1, file_limit() - OTHER_FILES))
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         with data.disk_errors(f"listen on {address[0]} port {address[1]}", "choose another --host or --port"):
             super().__init__(address, Handler)
@@ -916,10 +913,10 @@ class Server(ThreadingHTTPServer):
     def process_request(self, connection: socket.socket, address) -> None:
         """Starts a thread for a connection.
 
-        At MAX_CONNECTIONS, closes the oldest connection with no request in flight; if there is none, rejects this one.
+        At max_connections, closes the oldest connection with no request in flight; if there is none, rejects this one.
         """
         with self.lock:
-            full = len(self.connections) >= MAX_CONNECTIONS
+            full = len(self.connections) >= self.max_connections
             idle = next((other for other, in_flight in self.connections.items() if not in_flight), None)
             if full and idle:
                 del self.connections[idle]
@@ -958,6 +955,10 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.connections.pop(connection, None)
 
+    def handle_error(self, request, client_address) -> None:
+        """Logs an exception of a handler's thread, which socketserver would print."""
+        log(traceback.format_exc())
+
     # -- what handlers and main ask for
 
     def gauges(self) -> dict:
@@ -975,9 +976,23 @@ class Server(ThreadingHTTPServer):
         if self.store:
             numbers["papilio_saved_bytes"] = self.store.bytes
         if model:
-            key = labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
+            key = monitor.labelled(
+                "papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision
+            )
             numbers[key] = 1
-        return numbers | process_gauges()
+        return numbers | monitor.process_gauges()
+
+    def allows(self, host: str) -> bool:
+        """Returns whether the server answers to a host name: one of its hosts, which may be * or *.example.org."""
+        suffixes = tuple(name[1:] for name in self.hosts if name.startswith("*"))
+        return host in self.hosts or bool(suffixes) and host.endswith(suffixes)
+
+    def reload_tokens(self, file: Path | None) -> None:
+        """Reads the tokens again. An error is logged, and the current ones stay."""
+        try:
+            self.tokens = read_tokens(file)
+        except InputError as error:
+            log(f"the tokens were not read, the current ones stay: {error}")
 
     def drain(self) -> None:
         """Finishes what can be finished in DRAIN_SECONDS, refuses the rest, and stops listening."""
@@ -1001,7 +1016,8 @@ SERVER_FLAGS = {
         Flag("--host", "127.0.0.1", str, "address to listen on; 0.0.0.0 means all addresses of this machine"),
         Flag("--port", os.environ.get("PORT", "8000"), whole(0, 65535), "port to listen on, from $PORT if that is set; "
              "0 takes a free one"),
-        Flag("--allow-host", None, str, "host name to answer to, besides localhost; may be repeated",
+        Flag("--allow-host", None, str, "host name to answer to, besides localhost: a name, *.example.org or *; may be "
+             "repeated",
              {"action": "append"}),
         Flag("--token-file", None, Path, "file of accepted bearer tokens, one per line (default: the tokens "
              "in $PAPILIO_TOKEN)"),
@@ -1012,13 +1028,26 @@ SERVER_FLAGS = {
         Flag("--queue", 20_000, whole(1), "images x steps that may wait; further requests get 429"),
         Flag("--timeout", 120.0, real(0.1, 10**6), "seconds after which a request gets 504"),
         Flag("--save", None, Path, "folder to save served images in, for monitor.py (default: images are not saved)"),
-        Flag("--save-limit", 1000, whole(1), "size limit of the --save folder in MB; the oldest day is deleted first"),
+        Flag("--save-limit", 1000, whole(1), "size limit of the --save folder in MB; above it, random images of the "
+             "oldest day are deleted"),
     ],
 }  # fmt: skip
 
 
+def file_limit() -> int:
+    """Returns how many file descriptors this process may have."""
+    import resource  # not on Windows
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def host_name(text: str) -> str:
-    """Returns a host name or address in lower case, as a Host header has it. Raises InputError if it is neither."""
+    """Returns a host name or address in lower case, as a Host header has it, or with * for any name or any prefix.
+
+    Raises InputError if it is none of these.
+    """
+    if re.fullmatch(r"\*(\.[\w.-]+)?", text):
+        return text.lower()
     if re.fullmatch(r"[^[]*:.*:.*", text):  # an IPv6 address without brackets
         text = f"[{text}]"
     match = HOST.fullmatch(text.lower())
@@ -1032,7 +1061,7 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     source, content = "$PAPILIO_TOKEN", os.environ.get("PAPILIO_TOKEN", "").encode()
     if file:
         source = f"--token-file {file}"
-        with data.disk_errors(f"read {source}"):
+        with data.disk_errors(f"read {source}", "check its path and permissions"):
             content = file.read_bytes()
     tokens = tuple(line.strip() for line in content.splitlines() if line.strip())
     wanted = file or "PAPILIO_TOKEN" in os.environ
@@ -1041,11 +1070,11 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
     return tokens
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace) -> int:
     if sys.platform == "win32":
         raise InputError("the server needs Linux or macOS; on Windows run it in WSL or a container")
     tokens = read_tokens(args.token_file)
-    device, metrics = sample.choose_device(args.device), Metrics()
+    device, metrics = sample.choose_device(args.device), monitor.Metrics()
     source = args.model, device, sample.choose_precision(device, args.precision)
     store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), metrics)
@@ -1062,27 +1091,41 @@ def serve(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    loading = engine.loader.submit(engine.load, *source)
     try:
-        engine.load(*source)
+        if wait_for(loading.done, signals):
+            loading.result()
+            engine.thread.start()
+            if args.host not in (*LOOPBACK, "::1") and not tokens:
+                log("WARNING: anyone who reaches this address may use it; --token-file asks for a token")
+            log(f"listening on http://{host_name(server.server_address[0])}:{server.server_address[1]}")
     except InputError:
         server.drain()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         raise
-    engine.thread.start()
-    if args.host not in (*LOOPBACK, "::1") and not tokens:
-        log("WARNING: anyone who reaches this address may use it; --token-file asks for a token")
-    log("listening on http://{}:{}".format(*server.server_address[:2]))
-    while not {signal.SIGTERM, signal.SIGINT} & set(signals):
-        if signal.SIGHUP in signals:
-            signals.remove(signal.SIGHUP)
-            threading.Thread(target=engine.reload, args=source, daemon=True).start()
-        time.sleep(0.1)  # polled: a signal delivered to another thread would not interrupt a longer wait
+    while wait_for(lambda: signal.SIGHUP in signals, signals, engine.alive):
+        signals.remove(signal.SIGHUP)
+        engine.loader.submit(engine.reload, *source)
+        server.reload_tokens(args.token_file)
     log("shutting down")
     for number in (signal.SIGTERM, signal.SIGINT):  # a second signal exits at once
         signal.signal(number, signal.SIG_DFL)
+    healthy = engine.alive()
     server.drain()
-    os._exit(0)  # sys.exit would abort if a thread is still in a step or writes a line
+    if not healthy:
+        log("the engine makes no progress: leaving, so that a supervisor starts the server again")
+    flush_log(1)
+    os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line
+
+
+def wait_for(condition: Callable, signals: list, healthy: Callable = lambda: True) -> bool:
+    """Waits for a condition. Returns False if SIGTERM or SIGINT arrives before, or the engine is not healthy."""
+    while not condition():
+        if {signal.SIGTERM, signal.SIGINT} & set(signals) or not healthy():
+            return False
+        time.sleep(0.1)  # polled: a signal delivered to another thread would not interrupt a longer wait
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from PIL import Image
 
 import data
 import ddpm
+import monitor
 import sample
 import server
 from data import InputError
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 @contextmanager
 def serving(folder, *, work=True, batch=4, capacity=10**6, exact=False, precision="fp32", **options):
     """A server in this process on a free port; its engine at rest unless it is to `work`."""
-    engine = server.Engine(batch, capacity, exact, server.Metrics())
+    engine = server.Engine(batch, capacity, exact, monitor.Metrics())
     served = server.Server(("127.0.0.1", 0), engine, **options)
     served.port = served.server_address[1]
     listening = threading.Thread(target=served.serve_forever, args=(0.05,), daemon=True)
@@ -153,6 +154,34 @@ def test_without_a_seed_one_is_told(served):
     assert get(served, steps=2)[1]["x-seed"] != headers["x-seed"]
 
 
+def test_separate_pictures_as_json(served):
+    """Each with its seed, which never passes 2^63 - 1."""
+    query = {"steps": 2, "n_images": 3, "seed": 2**63 - 2, "class": "bee"}
+    status, headers, body = get(served, "/generate_sample/", "Accept: application/json", method="POST", **query)
+    assert status == 200 and headers["content-type"] == "application/json" and "etag" not in headers
+    images = json.loads(body)["images"]
+    assert [image["seed"] for image in images] == [2**63 - 2, 2**63 - 1, 0]
+    grid = pixels(get(served, **query)[2])
+    for k, image in enumerate(images):
+        picture = base64.b64decode(image["png"])
+        y, x = 2 + 18 * (k // 2), 2 + 18 * (k % 2)
+        assert np.abs(pixels(picture).astype(int) - grid[y : y + 16, x : x + 16]).max() <= 1
+        assert Image.open(io.BytesIO(picture)).text["seed"] == str(image["seed"])
+    assert get(served, method="POST", **query)[2].startswith(b"\x89PNG")
+
+
+def test_a_model_without_classes_says_so(tmp_path):
+    with serving(make_model(tmp_path / "m")) as running:
+        for name in ("class", "guidance"):
+            status, _, body = get(running, **{name: 1})
+            error = json.loads(body)["error"]
+            assert status == 400 and error["param"] == name and "trained with classes" in error["message"]
+        assert (
+            "class"
+            not in json.loads(get(running, "/openapi.json")[2])["paths"]["/generate_sample/"]["get"]["parameters"]
+        )
+
+
 def test_the_seed_systems_line_works(served):
     """It asked for JSON and got a PNG."""
     answer = get(served, "/generate_sample/", "accept: application/json", steps=2, n_images=1, seed=0)
@@ -173,6 +202,7 @@ def test_a_known_picture_is_not_drawn_again(served):
     before = gauges(served)["papilio_steps_total"]
     status, again, body = get(served, "/generate_sample/", f'If-None-Match: {headers["etag"]}, "x"', steps=2, seed=5)
     assert (status, body) == (304, b"") and again["etag"] == headers["etag"].lower()
+    assert get(served, "/generate_sample/", "If-None-Match: *", steps=2, seed=5)[0] == 304
     spelled = head("/generate_sample/?%73teps=2&%73eed=5", f"If-None-Match: {headers['etag']}")
     assert send(served, spelled)[0] == 304 and gauges(served)["papilio_steps_total"] == before
     for other in (
@@ -228,7 +258,10 @@ RAW = [  # what is sent, the status that it gets
     (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
     (b"\r\n\r\n", 400),
-    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc", 413),
+    (b"POST /metrics HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc", 405),  # before 413
+    (b"PUT " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     (b"OPTIONS " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     (b"GET " + GOOD.encode() + b" HTTP/1.0\r\n" + HOST + b"\r\n", 200),
     (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
@@ -287,6 +320,13 @@ RAW = [  # what is sent, the status that it gets
     (head(GOOD, "Sec-Fetch-Site: cross-site"), 403),
     (head(GOOD, "Sec-Fetch-Site: same-origin"), 200),
     (head("/metrics", "Sec-Fetch-Site: cross-site"), 200),
+    *((head(GOOD, "Sec-Fetch-Site: cross-site", f"Sec-Fetch-Mode: {mode}", f"Sec-Fetch-Dest: {dest}"), status)
+      for mode, dest, status in (("navigate", "document", 200), ("navigate", "iframe", 403), ("no-cors", "image", 403),
+                                 ("cors", "empty", 403))),
+    (head("/metrics", host="10.0.0.7:8000"), 200),  # by the address of a pod
+    (head("/metrics", host="[fd00::7]:8000"), 200),
+    (head("/metrics", host="evil.example"), 421),
+    (head(GOOD, host="10.0.0.7:8000"), 421),
 ]  # fmt: skip
 
 
@@ -302,7 +342,7 @@ def test_odd_requests(served, number):
             assert error["request_id"] == headers["x-request-id"]
             assert not re.search(r"Traceback|evil|script>|\.py|9{20}", body.decode()) and str(ROOT) not in body.decode()
         assert headers["connection"] == "close" and "python" not in str(headers).lower()
-        assert status != 405 or headers["allow"] == "get, head"
+        assert status != 405 or headers["allow"].startswith("get, head")
 
 
 def test_errors_name_their_parameter(served):
@@ -382,7 +422,7 @@ def test_half_a_close_counts_as_leaving(served):
 
 def test_tokens(folder):
     with serving(folder, tokens=(b"correct-horse", b"battery-staple")) as running:
-        for given in ("Bearer correct-horse", "bearer battery-staple"):
+        for given in ("Bearer correct-horse", "bearer battery-staple", "Bearer  correct-horse"):
             assert get(running, "/generate_sample/", f"Authorization: {given}", steps=1)[0] == 200
         for line in ("X: 1", "Authorization: Bearer wrong", "Authorization: Bearer ", "Authorization:",
                      "Authorization: Basic correct-horse", "Authorization: correct-horse", "Authorization: Bearer",
@@ -391,6 +431,11 @@ def test_tokens(folder):
             with nothing_left(running):
                 status, headers, body = get(running, "/generate_sample/", line, steps=1)
                 assert status == 401 and headers["www-authenticate"] == "bearer" and b"horse" not in body
+                assert b"Authorization: Bearer TOKEN" in body
+        token = "Authorization: Bearer correct-horse"
+        assert send(running, head(GOOD, token, host="behind.a.proxy"))[0] == 200  # the token is enough
+        assert send(running, head(GOOD, token, "Origin: https://behind.a.proxy", host="behind.a.proxy"))[0] == 200
+        assert send(running, head(GOOD, token, "Origin: https://evil.example", host="behind.a.proxy"))[0] == 403
         assert get(running, "/metrics")[0] == get(running, "/openapi.json")[0] == 401
         for probe in ("/healthz", "/health", "/readyz", "/ready"):
             assert send(running, head(probe, host="10.0.0.7:8000"))[0] == 200
@@ -527,7 +572,7 @@ class World:
     def __init__(self, monkeypatch, rate=70.0, believed=1.0, seconds=120.0):
         monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.now, self.rate, self.seconds = 0.0, rate, seconds
-        self.engine = server.Engine(8, 20_000, False, server.Metrics())
+        self.engine = server.Engine(8, 20_000, False, monitor.Metrics())
         self.engine.rate = rate * believed
         self.worked, self.ended, self.refused = 0, {}, []  # predictions, {job: time of its end}, Retry-After
 
@@ -653,7 +698,7 @@ def test_after_an_empty_queue_anything_is_admitted(monkeypatch):
 
 def test_the_rate_follows_what_is_seen(folder):
     """Full steps, and single images that are faster than the rate."""
-    engine = server.Engine(4, 10**6, False, server.Metrics())
+    engine = server.Engine(4, 10**6, False, monitor.Metrics())
     engine.load(folder, torch.device("cpu"), "fp32")
     measured, engine.rate = engine.rate, 1.0
     engine.submit(job_of(engine.model, 1, 200))
@@ -732,7 +777,7 @@ def job_of(model, images: int, steps: int, seed=0, guidance=1.0) -> server.Job:
 
 def test_guided_requests_take_two_places(folder):
     """A guided image-step takes two predictions: half as many of them, and no step much larger than the batch."""
-    engine = server.Engine(8, 10**6, False, server.Metrics())
+    engine = server.Engine(8, 10**6, False, monitor.Metrics())
     engine.load(folder, torch.device("cpu"), "fp32")
     for i in range(4):
         engine.submit(job_of(engine.model, 3, 1000, guidance=2.0 if i < 2 else 1.0))
@@ -850,6 +895,29 @@ def test_a_dead_engine_is_told(folder, monkeypatch):
         assert gauges(running)["papilio_worker_up"] == 0
 
 
+def test_an_error_of_the_server_is_not_taken_for_a_client_that_left(folder, monkeypatch):
+    """An OSError that has nothing to do with the connection: 500 and a traceback."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    logged = []
+    with serving(folder) as running:
+        monkeypatch.setattr(server, "log", logged.append)
+        monkeypatch.setattr(server.data, "encode_png", full)
+        assert get(running, steps=1)[0] == 500
+        assert any("No space left" in line for line in logged)
+        monkeypatch.undo()
+        assert get(running, steps=1)[0] == 200
+
+
+def test_connections_follow_the_limit_of_open_files(folder, monkeypatch):
+    for limit, connections in ((10, 1), (100, 36), (320, 256), (10**6, 256)):
+        monkeypatch.setattr(server, "file_limit", lambda limit=limit: limit)
+        with server.Server(("127.0.0.1", 0), server.Engine(4, 100, False, monitor.Metrics())) as made:
+            assert made.max_connections == connections
+
+
 def test_300_idle_connections_do_not_matter(served):
     with nothing_left(served, 20):
         idle = [connect(served) for _ in range(300)]
@@ -909,19 +977,22 @@ def test_soak(served, request):
 
 
 def events(body: bytes) -> list[tuple[str, dict]]:
-    blocks = [block.split("\n") for block in body.decode().split("\n\n") if block.startswith("event: ")]
-    return [(lines[0][7:], json.loads(lines[1][6:])) for lines in blocks]
+    found = re.findall(r"^event: (.*)\ndata: (.*)\n\n", body.decode(), re.MULTILINE)
+    return [(name, json.loads(content)) for name, content in found]
 
 
 def test_a_stream_shows_the_drawing_and_ends_at_the_same_images(served):
     status, headers, body = get(served, "/generate_stream/", n_images=3, steps=5, seed=2, sampler="ddpm")
     assert status == 200 and headers["content-type"] == "text/event-stream"
     found = events(body)
-    assert found[0][0] == "queued" and found[0][1]["images"] == 3
+    assert found[0][0] == "queued" and found[0][1]["images"] == 3 and found[-1] == ("done", {"images": 3})
+    assert body.startswith(b"retry: 600000\nid: ") and headers["x-accel-buffering"] == "no"
+    again = get(served, "/generate_stream/", f"Last-Event-ID: {headers['x-request-id']}", n_images=3, steps=5)
+    assert (again[0], again[2]) == (204, b"")  # EventSource then stops to reconnect
     finished = {content["seed"]: pixels(base64.b64decode(content["png"])) for name, content in found if name == "image"}
     assert sorted(finished) == [2, 3, 4]
     for k in range(3):
-        steps = [content["step"] for name, content in found if name != "queued" and content["image"] == k]
+        steps = [content["step"] for name, content in found if name in ("step", "image") and content["image"] == k]
         assert steps == sorted(set(steps)) and steps[-1] == 5 and len(steps) > 1
     for seed, image in finished.items():
         one = pixels(get(served, n_images=1, steps=5, seed=seed, sampler="ddpm")[2])[2:-2, 2:-2]
@@ -1015,11 +1086,10 @@ def test_of_two_reloads_the_later_stays(folder, tmp_path, monkeypatch):
 
     with serving(folder) as running:
         monkeypatch.setattr(sample, "load", load)
-        slow = threading.Thread(target=running.engine.reload, args=(folder, torch.device("cpu"), "fp32"))
-        slow.start()
+        engine = running.engine
+        engine.loader.submit(engine.reload, folder, torch.device("cpu"), "fp32")
         begun.wait()
-        running.engine.reload(other, torch.device("cpu"), "fp32")
-        slow.join()
+        engine.loader.submit(engine.reload, other, torch.device("cpu"), "fp32").result()
         assert running.engine.model.hash == plain(other).hash
 
 
@@ -1044,71 +1114,130 @@ def test_saved_images_say_what_made_them(folder, tmp_path):
         assert np.abs(np.asarray(Image.open(one))[2:-2, 2:-2].astype(int) - saved).max() <= 1
 
 
-def test_what_was_saved_is_read_back(folder, tmp_path):
-    """Facts and pixels of every image; a damaged picture is None, and a line that a crash cut off is passed over."""
+def noise(seed: int, channels=3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (channels, 16, 16), generator=generator, dtype=torch.uint8)
+
+
+def test_what_was_saved_is_read_back(tmp_path):
+    """Facts and pixels of every image; a damaged picture is None, a deleted one and a broken line are passed over."""
     store = data.ServedImages(tmp_path, 10**7)
-    generator = torch.Generator().manual_seed(0)
-    colour, grey = (torch.randint(256, (c, 16, 16), generator=generator, dtype=torch.uint8) for c in (3, 1))
-    assert not store.save("first", [(colour, {"seed": 5}), (grey, {"seed": 6})]) + store.save("second", [(grey, {})])
+    colour, grey = noise(0), noise(1, channels=1)
+    assert store.save("first", [(colour, {"seed": 5}), (grey, {"seed": 6})]) == ([], [])
+    store.save("second", [(grey, {})])
     (day,) = store.days()
     found = list(data.ServedImages(tmp_path, 10**7).read(day))
-    assert [(facts["request"], facts.get("seed")) for facts, _ in found] == [
-        ("first", 5),
-        ("first", 6),
-        ("second", None),
-    ]
+    names = [("first", 5), ("first", 6), ("second", None)]
+    assert [(facts["request"], facts.get("seed")) for facts, _ in found] == names
     for (_, pixels), saved in zip(found, (colour, grey, grey), strict=True):
         assert np.array_equal(pixels, saved)
     (day / "first-1.png").write_bytes((day / "first-1.png").read_bytes()[:60])
     (day / "second-0.png").unlink()
     with open(next(day.glob("*.jsonl")), "a") as log:
-        log.write('{"file": "thi')
-    assert [pixels is None for _, pixels in store.read(day)] == [False, True, True]
+        log.write("[" * 100_000 + '\n{"file": "../../x.png", "request": "../../x"}\n{"request": 3}\n{"file": "thi')
+    assert [pixels is None for _, pixels in store.read(day)] == [False, True]
 
 
-def test_the_oldest_day_makes_room(folder, tmp_path):
-    for day, size in (("2020-01-01", 3000), ("2020-01-02", 3000)):
-        (tmp_path / day).mkdir()
-        (tmp_path / day / "old.png").write_bytes(bytes(size))
-        (tmp_path / day / "1-a.jsonl").touch()
-    for name in ("mine", "2019-01-01"):  # the latter has no log: photographs of that day, say
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "keep.txt").write_text("not the server's")
-    store = data.ServedImages(tmp_path, 8000)
-    with serving(folder, store=store) as running:
-        for seed in range(12):
-            assert get(running, steps=1, seed=seed)[0] == 200
-        wait_until(lambda: not running.connections)
-        failed = running.metrics.page({})
-    assert not (tmp_path / "2020-01-01").exists() and not (tmp_path / "2020-01-02").exists()
-    assert (tmp_path / "mine/keep.txt").exists() and (tmp_path / "2019-01-01/keep.txt").exists()
-    assert sum(file.stat().st_size for file in tmp_path.glob("*/*")) <= 8000
-    assert re.search(r"papilio_save_errors_total [1-9]", failed)  # today's own do not go
+def saved(folder) -> list[str]:
+    return sorted(f"{file.parent.name}/{file.name}" for file in folder.rglob("*.png"))
 
 
-def test_after_midnight_yesterday_makes_room(tmp_path, monkeypatch):
-    store, images = data.ServedImages(tmp_path, 5000), [(torch.zeros(3, 16, 16, dtype=torch.uint8), {"seed": 1})]
-    for day, full in (("2020-01-01", True), ("2020-01-02", False)):
-        monkeypatch.setattr(data.time, "strftime", lambda *_, day=day: day)
-        errors = [store.save(f"{day}-{i}", images) for i in range(30 if full else 1)]
-        assert any(errors) == full and not errors[0]
+def on(monkeypatch, day: str) -> None:
+    monkeypatch.setattr(data.time, "strftime", lambda *_: day)
+
+
+def test_at_the_limit_an_even_sample_of_the_day_stays(tmp_path, monkeypatch):
+    """Of 600 images, those that stay come from all of the day, and are the same for one process or for three."""
+    on(monkeypatch, "2020-01-01")
+    stores = [data.ServedImages(tmp_path, 60_000)] + [data.ServedImages(tmp_path, 60_000) for _ in range(2)]
+    reported = []
+    for i in range(600):
+        errors, deleted = stores[i % 3].save(f"r{i:03}", [(noise(i), {"seed": i})])
+        assert not errors
+        reported += deleted
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*.*")) <= 1.1 * 60_000
+    kept = [int(name[-9:-6]) for name in saved(tmp_path)]
+    assert len(kept) > 20 and len(kept) + len(set(reported)) == 600
+    assert np.histogram(kept, 3, (0, 600))[0].min() > 0.15 * len(kept)
+    (day,) = stores[0].days()
+    assert [facts["seed"] for facts, _ in stores[0].read(day)] != [] and all(
+        np.array_equal(pixels, noise(facts["seed"])) for facts, pixels in stores[0].read(day)
+    )
+
+
+def test_the_oldest_day_makes_room_image_by_image(tmp_path, monkeypatch):
+    """Yesterday does not vanish with the first image after midnight, and is gone when today needs all."""
+    store = data.ServedImages(tmp_path, 30_000)
+    on(monkeypatch, "2020-01-01")
+    for i in range(20):
+        store.save(f"old{i}", [(noise(i), {})])
+    before = len(saved(tmp_path))
+    on(monkeypatch, "2020-01-02")
+    _, deleted = store.save("new", [(noise(0), {})])
+    assert before > 10 and len(saved(tmp_path)) >= before - 1 and len(deleted) <= 2
+    for i in range(40):
+        store.save(f"new{i}", [(noise(i), {})])
     assert [path.name for path in tmp_path.iterdir()] == ["2020-01-02"]
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.*")) <= 30_000
 
 
-def test_what_other_processes_save_counts(tmp_path, folder):
-    store = data.ServedImages(tmp_path, 10**6)
-    (tmp_path / "2020-01-01").mkdir()
-    (tmp_path / "2020-01-01/theirs.png").write_bytes(bytes(10**6))
-    (tmp_path / "2020-01-01/2-b.jsonl").touch()
+def test_files_of_somebody_else_are_never_deleted(tmp_path, monkeypatch):
+    """Folders that look like a day of ours, links, names that lead elsewhere, and files that no log names."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x-0.png").write_bytes(bytes(9000))
+    (outside / "theirs.jsonl").write_text('{"file": "x-0.png", "request": "x"}\n')
+    folder = tmp_path / "served"
+    (folder / "2019-01-01").mkdir(parents=True)
+    for name in ("photo.png", "notes.txt", "theirs.jsonl"):
+        (folder / "2019-01-01" / name).write_bytes(bytes(9000))
+    (folder / "2019-01-02").symlink_to(outside)  # a day that is a link
+    (folder / "2019-01-03").mkdir()
+    (folder / "2019-01-03/1-abcdef01.jsonl").write_text(
+        '{"file": "../../outside/x-0.png", "request": "../../outside/x"}'
+    )
+    (folder / "2019-01-03/linked-0.png").symlink_to(outside / "x-0.png")
+    with open(folder / "2019-01-03/1-abcdef01.jsonl", "a") as log:
+        log.write('\n{"file": "linked-0.png", "request": "linked"}\n')
+    store = data.ServedImages(folder, 20_000)
+    on(monkeypatch, "2020-01-01")
+    for i in range(40):
+        assert store.save(f"new{i}", [(noise(i), {})])[0] == []
+    assert sorted(path.name for path in (folder / "2019-01-01").iterdir()) == ["notes.txt", "photo.png", "theirs.jsonl"]
+    assert len(list(outside.iterdir())) == 2 and (outside / "x-0.png").stat().st_size == 9000
+    assert (folder / "2019-01-02").is_symlink()
+
+
+def test_what_other_processes_save_counts(tmp_path):
+    store = data.ServedImages(tmp_path, 10**5)
+    other = data.ServedImages(tmp_path, 10**5)
+    for i in range(60):
+        other.save(f"theirs{i}", [(noise(i), {})])
+    for i in range(60):
+        store.save(f"mine{i}", [(noise(i), {})])
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.*")) <= 1.1 * 10**5
+    store.scan()
+    assert store.bytes == sum(file.stat().st_size for file in tmp_path.rglob("*.*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to .*file"):
+        data.ServedImages(tmp_path / "file", 10**6)
+    with pytest.raises(InputError, match="cannot write to /proc"):
+        data.ServedImages(Path("/proc/self"), 10**6)
+
+
+def test_images_are_saved_after_the_response(folder, tmp_path, monkeypatch):
+    """The client has the whole picture, and the end of the connection, while its images are still being saved."""
+    store, read = data.ServedImages(tmp_path, 10**7), threading.Event()
+    save = store.save
+    monkeypatch.setattr(store, "save", lambda *given: read.wait(20) and save(*given))
     with serving(folder, store=store) as running:
-        get(running, steps=1)
-        wait_until(lambda: not running.connections)
-        assert (tmp_path / "2020-01-01").exists()  # not seen yet
-        store.counted -= 601
-        get(running, steps=1)
-        wait_until(lambda: not running.connections)
-    assert not (tmp_path / "2020-01-01").exists()
-    assert store.bytes == sum(file.stat().st_size for file in tmp_path.glob("*/*")) > 1000
+        assert get(running, steps=1)[0] == 200 and not saved(tmp_path)
+        assert get(running, "/generate_stream/", steps=1)[0] == 200 and not saved(tmp_path)
+        read.set()
+        wait_until(lambda: len(saved(tmp_path)) == 2)
 
 
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
@@ -1147,7 +1276,7 @@ def test_metrics_are_well_formed_and_add_up(served):
     get(served, steps=2)
     page = get(served, "/metrics")[2].decode()
     types = parse_metrics(page)
-    assert set(types) == set(server.METRICS)
+    assert set(types) == set(monitor.METRICS)
     counted = gauges(served)
     for name, kind in types.items():
         if kind == "histogram":
@@ -1163,7 +1292,7 @@ def test_metrics_are_well_formed_and_add_up(served):
 
 
 def test_labels_are_escaped():
-    metrics = server.Metrics()
+    metrics = monitor.Metrics()
     metrics.add("papilio_model_loads_total", result='a"b\\c\nd')
     assert 'result="a\\"b\\\\c\\nd"' in metrics.page({})
     parse_metrics(metrics.page({}))
@@ -1284,6 +1413,57 @@ def command(*flags, cwd=ROOT, drain=None, **environment):
         process.stderr.close()
 
 
+def patched(statement: str, *flags) -> subprocess.Popen:
+    """`python server.py` on a free port after a statement that replaces a part of it."""
+    program = f"import sys, time, sample, server; {statement}; sys.exit(server.main())"
+    words = [sys.executable, "-c", program, "--port", "0", "--precision", "fp32", *map(str, flags)]
+    return subprocess.Popen(
+        words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def listens(process: subprocess.Popen) -> None:
+    """Reads the log up to the line that gives the port, and no further."""
+    while not (found := re.search(r"listening on http://\S+:(\d+)", process.stderr.readline())):
+        assert process.poll() is None
+    process.port = int(found[1])
+
+
+def test_sigterm_while_a_model_loads_ends_the_process(folder):
+    with patched("sample.load = lambda *_: server.log('loading') or time.sleep(600)", "--model", folder) as process:
+        assert "loading" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up(folder):
+    """A full pipe: 2,000 lines of 300 bytes. Requests are answered, the model is loaded again, SIGTERM ends it."""
+    many = "log = server.log; server.log = lambda text: [log(text + ' ' * 300) for _ in range(100)]"
+    with patched(many, "--model", folder) as process:
+        listens(process)
+        for seed in range(20):
+            assert get(process, steps=1, seed=seed)[0] == 200
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: gauges(process)['papilio_model_loads_total{result="loaded"}'] == 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "statement, message",
+    [
+        ("server.Engine.choose = lambda self: 1 / 0", "ZeroDivisionError"),
+        ("server.STUCK_SECONDS = server.STUCK_STEPS = 0.5; sample.advance = lambda *_: time.sleep(600)", "no progress"),
+    ],
+)
+def test_without_progress_the_process_leaves_with_an_error(folder, statement, message):
+    """The request gets an error, and a supervisor sees an exit status of 1."""
+    with patched(f"server.DRAIN_SECONDS = 1; {statement}", "--model", folder) as process:
+        listens(process)
+        assert get(process, steps=1)[0] in (500, 503)
+        assert process.wait(20) == 1 and message in process.stderr.read()
+
+
 def test_shutdown_under_load_answers_everyone(folder):
     """SIGTERM while 30 wait: each accepted request gets its whole picture or a clean 503, and the exit status is 0."""
     flags = ("--model", folder, "--batch-size", "2", "--queue", 10**6, "--timeout", 10**6)
@@ -1324,6 +1504,17 @@ def test_a_public_address_warns_and_answers_to_its_names_alone(folder, tmp_path)
     file.write_text("correct-horse\n")
     with command("--model", folder, "--host", "0.0.0.0", "--token-file", file) as process:
         assert get(process, steps=1)[0] == 401
+        file.write_text("battery-staple\n")
+        process.send_signal(signal.SIGHUP)
+        mine = "Authorization: Bearer battery-staple"
+        wait_until(lambda: get(process, "/openapi.json", mine)[0] == 200)
+        file.write_text("short\n")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any("the current ones stay" in line for line in process.said))
+        assert get(process, "/openapi.json", mine)[0] == 200
+        file.write_text("correct-horse\n")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: get(process, "/openapi.json", mine)[0] == 401)
         assert get(process, "/generate_sample/", "Authorization: Bearer correct-horse", steps=1)[0] == 200
         assert not any("WARNING" in line for line in process.said)
 
@@ -1345,11 +1536,21 @@ def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
 
 
 def test_names_of_hosts():
-    engine = server.Engine(4, 100, False, server.Metrics())
+    engine = server.Engine(4, 100, False, monitor.Metrics())
     with server.Server(
         ("127.0.0.1", 0), engine, hosts=["Papilio.Example:8443", "fd00::1", "[fd00::2]", "[FD00::3]:80"]
     ) as made:
         assert {"papilio.example", "[fd00::1]", "[fd00::2]", "[fd00::3]", "localhost"} <= made.hosts
+        assert made.allows("papilio.example") and not made.allows("example")
+    for pattern, host, allowed in (
+        ("*", "anything.example", True),
+        ("*.Example.org", "a.b.example.org", True),
+        ("*.example.org", "example.org", False),
+        ("*.example.org", "evil-example.org", False),
+        ("*.example.org", "example.org.evil.example", False),
+    ):
+        with server.Server(("127.0.0.1", 0), engine, hosts=[pattern]) as made:
+            assert made.allows(host) == allowed and made.allows("localhost")
     with pytest.raises(InputError, match="--allow-host"):
         server.Server(("127.0.0.1", 0), engine, hosts=["two words"])
 
@@ -1391,7 +1592,7 @@ def test_sighup_loads_the_newest_run(tmp_path, folder):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nowhere"], "no such folder"),
-    (["--token-file", "nowhere"], "cannot read --token-file nowhere"),
+    (["--token-file", "nowhere"], "nowhere: No such file or directory; check its path"),
     (["--host", "203.0.113.7"], "address; choose another --host or --port"),
     (["--port", "99999"], "not a whole number from 0 to 65535"),
     (["--queue", "0"], "not a whole number"),
