@@ -30,7 +30,7 @@ from data import Flag, InputError, real, whole
 RUNS = Path("runs")
 DEFAULT_MODEL = Path(__file__).parent / "builtin/model"
 WEIGHTS = "diffusion_pytorch_model"
-DIFFUSERS_VERSION = "0.40.0"  # whose file layout is written
+DIFFUSERS_VERSION = "0.40.0"  # save_model writes its file layout
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_BATCH = 4  # batch size of --exact: an image's bits depend on its batch's shape, so all batches share one
 
@@ -74,7 +74,7 @@ def choose_precision(device: torch.device, name: str | None = None) -> str:
 def set_threads(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     """Caps PyTorch's threads at the container's CPU quota, unless OMP_NUM_THREADS is set.
 
-    PyTorch counts the machine's processors. More threads than the quota allows wait for each other at every operation.
+    PyTorch counts the machine's processors. Threads beyond the quota make every operation wait.
     """
     with suppress(OSError, ValueError):
         quota, period = cgroup.read_text().split()
@@ -132,7 +132,7 @@ class Model:
 
 
 def save_model(folder: Path, network: unet.UNet, schedule: ddpm.Schedule) -> None:
-    """Writes a diffusers pipeline folder. If the folder exists only the weights are replaced, by one rename.
+    """Writes a diffusers pipeline folder. If the folder exists, only the weights are replaced, atomically.
 
     Raises InputError if the disk fails, and ValueError for a copy that unet.for_drawing made.
     """
@@ -176,6 +176,15 @@ def _model_files(path: Path) -> tuple[Path, ...]:
     return inner / "config.json", scheduler, found
 
 
+def _digest(files: Sequence[Path]) -> str:
+    """Returns SHA-256 of the files' SHA-256, in hex."""
+    digest = hashlib.sha256()
+    for file in files:
+        with data.disk_errors(f"read {file}", "check its permissions"), open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def read_model(path: Path | str) -> Model:
     """Reads and checks a run's newest model, a model folder, or a folder that diffusers wrote (flat and `.bin` too).
 
@@ -183,10 +192,7 @@ def read_model(path: Path | str) -> Model:
     """
     with data.disk_errors(f"read {path}"):
         files = _model_files(Path(path))
-    digest = hashlib.sha256()
-    for file in files:
-        with data.disk_errors(f"read {file}", "check its permissions"), open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    found = _digest(files)
     config_file, schedule_file, weights_file = files
     with data.bad_input(config_file):
         config = unet.UNetConfig.from_dict(data.read_json(config_file))
@@ -198,10 +204,12 @@ def read_model(path: Path | str) -> Model:
         raise InputError(f"{config_file}: sample_size must be given, and be a multiple of {config.divisor} in pixels")
     if config.out_channels != config.in_channels or config.image_channels not in (1, 3):
         raise InputError(
-            f"{config_file}: {config.in_channels} channels in and {config.out_channels} out are not "
-            f"1 (grey) or 3 (colour) times the {config.patch_size**2} pixels of a patch"
+            f"{config_file}: in_channels {config.in_channels} and out_channels {config.out_channels} must "
+            f"both be {config.patch_size**2} (grey) or {3 * config.patch_size**2} (colour)"
         )
-    return Model(network, schedule, config_file.parent, digest.hexdigest())
+    if _digest(files) != found:
+        raise InputError(f"{path} changed while it was read; try again")
+    return Model(network, schedule, config_file.parent, found)
 
 
 def load(
@@ -225,9 +233,9 @@ def find_model(named: Path | str | None) -> tuple[Path, str]:
     models = list(RUNS.glob(f"*/model/unet/{WEIGHTS}.safetensors"))
     if models:
         run = max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
-        return run, f"{run} (the newest run; --model names another)"
+        return run, f"{run} (the newest run; override with --model)"
     if DEFAULT_MODEL.is_dir():
-        return DEFAULT_MODEL, f"the default model ({RUNS}/ has no run yet; --model names another)"
+        return DEFAULT_MODEL, f"the default model ({RUNS}/ has no run yet; override with --model)"
     raise InputError(
         f"there is no model in {RUNS}/ yet: train one with `python train.py`, or name a folder with --model"
     )
@@ -278,9 +286,7 @@ def draw(
     """
     null = model.network.config.null_label
     if guidance != 1 and null is None:
-        raise InputError(
-            f"--guidance {guidance:g}: this model was trained without train.py --label-dropout; omit --guidance"
-        )
+        raise InputError(f"--guidance {guidance:g}: this model was not trained with classes and label dropout; omit it")
     labels = labels or [null] * len(seeds)
     if exact:
         batch_size = EXACT_BATCH
@@ -375,7 +381,7 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
 DRAW_FLAGS = [
     Flag("-n", 8, whole(1, 1_000_000), "number of images"),
     Flag("--seed", None, whole(0), "seed of the first image; image i has seed + i (default: 0)"),
-    Flag("--class", None, str, "comma-separated names or numbers, or all: n images of each (default: the "
+    Flag("--class", None, str, "comma-separated names or numbers, or all; n images of each (default: the "
          "classes in turn; with --from, no class)", {"dest": "classes"}),
     Flag("--guidance", 1.0, real(0, 1000), "classifier-free guidance scale: 0 no class, 1 no guidance, 2 or 3 strong"),
     Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampling algorithm"),
@@ -401,7 +407,7 @@ class DrawRequest:
     eta: float
 
     def table(self, schedule: ddpm.Schedule, strength: float = 1.0) -> Tensor:
-        """Returns the sampler's table; with strength < 1, that share of its steps, over the first timesteps only.
+        """Returns the sampler's table; with strength < 1, that share of its steps, over the low timesteps only.
 
         Raises InputError for an incompatible sampler, steps, spacing or eta.
         """
@@ -421,7 +427,7 @@ class DrawRequest:
         If none is named, the class is the seed modulo the number of classes. `seeds` replaces seed, seed + 1, ...
         """
         first = self.seed or 0
-        seeds = seeds or range(first, first + self.n)
+        seeds = seeds or [(first + i) % 2**63 for i in range(self.n)]
         if self.classes is not None:
             return [(label, seed) for label in choose_classes(config, self.classes) for seed in seeds]
         if not config.class_count:
@@ -519,7 +525,7 @@ SAMPLE_FLAGS = {
         Flag("--batch-size", None, whole(1, 65536), "images per call of the network (default: 8)"),
         Flag("--compile", None, bool, "torch.compile the network: takes minutes the first time, then seconds; slower "
              "than eager mode on a CPU in bf16"),
-        Flag("--exact", None, bool, f"bit-identical images in any batch: batches are padded to {EXACT_BATCH}"),
+        Flag("--exact", None, bool, f"the same bits for an image in any batch: all are padded to {EXACT_BATCH}"),
     ],
 }  # fmt: skip
 
@@ -549,8 +555,8 @@ def check_flags(args: argparse.Namespace, out: Path) -> None:
             wrong_film,
             f"--film {args.film}: films are animated PNG or GIF files; choose a name that ends in .png or .gif",
         ),
-        (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file; with --each name a folder"),
-        (not args.each and out.is_dir(), f"--out {out} is a folder; without --each name a file"),
+        (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file, but --each needs a folder"),
+        (not args.each and out.is_dir(), f"--out {out} is a folder; name a file, or add --each"),
         (
             not args.each and out.suffix.lower() != ".png",
             f"--out {out}: pictures are PNG files; choose a name that ends in .png",
@@ -578,7 +584,7 @@ def choose_images(args: argparse.Namespace, request: DrawRequest, config: unet.U
 def read_picture(flag: str, path: Path, size: Sequence[int], channels: int) -> Tensor:
     """Reads a picture of any format as uint8 (channels, H, W). Raises InputError if it is unreadable."""
     if size[0] != size[1]:
-        raise InputError(f"{flag}: this model's images are {size[1]} x {size[0]}; only square models take pictures")
+        raise InputError(f"{flag} needs a model of square images; this one's are {size[1]} x {size[0]}")
     try:
         return torch.from_numpy(data.decode(path.read_bytes(), size[0], channels).copy())
     except Exception as error:  # decoders raise nearly anything for a damaged file
@@ -634,7 +640,7 @@ class Output:
     def name_and_facts(self, i: int) -> tuple[str, dict]:
         """Returns the file name of image i, without .png, and the facts of this image alone."""
         label, place = self.images[i][0], i % self.args.n
-        own_facts = {"seed": (self.args.seed or 0) + place}
+        own_facts = {"seed": self.images[i][1]}
         if self.args.walk:
             own_facts = {"frame": place}
         name = str(*own_facts.values())

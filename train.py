@@ -30,8 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy
-import PIL
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -67,7 +65,7 @@ SETTINGS = {
     "network": [
         Flag("--init", None, str, "start from the weights of this run or model folder, with its network and schedule"),
         Flag("--channels", [32, 64, 128], whole_numbers, "channels per level; each level halves the resolution"),
-        Flag("--attention", [8], whole_numbers, "resolutions with attention, counted in patches"),
+        Flag("--attention", [8], whole_numbers, "sides of the feature maps that get attention"),
         Flag("--layers", 1, whole(1, 16), "ResNet blocks per level"),
         Flag("--head-dim", 32, whole(1, 4096), "channels of an attention head"),
         Flag("--patch-size", 1, whole(1, 16), "fold N x N pixels into channels at the input (space-to-depth)"),
@@ -81,7 +79,7 @@ SETTINGS = {
         Flag("--timesteps", 1000, whole(2, 100_000), "timesteps of the noise schedule"),
         Flag("--loss", "mse", ddpm.LOSSES, "mse, or min_snr: min-SNR-gamma weighting"),
         Flag("--gamma", 5.0, real(0.01), "upper bound of the signal-to-noise ratio, for min_snr"),
-        Flag("--density", "lognormal", ddpm.DENSITIES, "training timesteps: uniform, or with lognormal sigma/alpha"),
+        Flag("--density", "lognormal", ddpm.DENSITIES, "distribution of timesteps: uniform, or lognormal sigma/alpha"),
         Flag("--density-mean", -0.8, real(-20, 20), "mean of log(sigma/alpha), for lognormal"),
         Flag("--density-std", 1.6, real(0.01, 20), "standard deviation of log(sigma/alpha), for lognormal"),
     ],
@@ -112,7 +110,7 @@ SETTINGS = {
         sample.DEVICE_FLAGS[0],
         Flag("--precision", None, tuple(sample.PRECISIONS), "precision of AMP (default: bf16 if the hardware "
              "supports it, else fp16 on CUDA and fp32 elsewhere)"),
-        Flag("--compile", None, bool, "torch.compile the network (default: on a GPU)"),
+        Flag("--compile", None, bool, "torch.compile the network (default: on CUDA)"),
     ],
 }  # fmt: skip
 FLAGS_BY_NAME = {flag.dest: flag for flags in SETTINGS.values() for flag in flags}
@@ -132,10 +130,9 @@ PRESETS = {
 }  # fmt: skip
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
 RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # may change when a run is resumed
-NETWORK = {flag.dest for flag in SETTINGS["network"]}
 # Settings that are taken from the model of --init, so that their flags are refused with it.
-FROM_MODEL = {*NETWORK - {"dropout", "init"}, "image_channels", "classes", "prediction", "noise_schedule", "zero_snr",
-              "timesteps"}  # fmt: skip
+FROM_MODEL = {flag.dest for flag in SETTINGS["network"] if flag.dest not in ("dropout", "init")}
+FROM_MODEL |= {"image_channels", "classes", "prediction", "noise_schedule", "zero_snr", "timesteps"}
 
 RUN_FLAGS = {
     "run": [
@@ -149,7 +146,7 @@ RUN_FLAGS = {
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Returns the run's own arguments, and the settings that were given as flags."""
+    """Returns the arguments of RUN_FLAGS, and the settings that were given as flags."""
     parser = data.Parser(
         "train.py",
         "Train a diffusion model on images. Settings come from the defaults, then from a\n"
@@ -198,7 +195,7 @@ def read_config(path: Path) -> dict:
 def resolve_settings(args: argparse.Namespace, given: dict, base: dict | None, device: torch.device) -> dict:
     """Returns all settings of a new run: defaults, then a preset or settings of --config (`base`), then flags."""
     if base and args.preset:
-        raise InputError("--preset and --config each set everything; give one of them")
+        raise InputError("--preset and --config exclude each other; give one of them")
     preset = PRESETS[args.preset or DEVICE_PRESETS[device.type]]
     settings = DEFAULTS | (base or preset) | given
     if "init" in given:
@@ -216,9 +213,8 @@ def resolve_defaults(settings: dict, device: torch.device) -> None:
     if settings["lr"] is None:
         settings["lr"] = RATES[settings["optimizer"]]
     if settings["precision"] is None:
-        settings["precision"] = sample.choose_precision(device)
-        if device.type == "cuda" and not sample.has_bf16(device):
-            settings["precision"] = "fp16"
+        other = "fp16" if device.type == "cuda" else "fp32"
+        settings["precision"] = "bf16" if sample.has_bf16(device) else other
     if settings["compile"] is None:
         settings["compile"] = device.type == "cuda"
 
@@ -300,9 +296,7 @@ def ema_weight(settings: dict, step: int) -> float:
     of EDM, Karras et al. 2022).
     """
     half_life = min(settings["ema"], 0.1 * settings["batch_size"] * (step + 1))
-    if not half_life:
-        return 1.0
-    return 1 - 0.5 ** (settings["batch_size"] / half_life)
+    return 1 - 0.5 ** (settings["batch_size"] / half_life) if half_life else 1.0
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -334,7 +328,7 @@ def load_checkpoint(folder: Path) -> dict:
 
 
 def identity(record: dict) -> str:
-    """Returns, as text, the part of a record that may not change when a run is resumed; each checkpoint has it."""
+    """Returns, as text, the part of a record that must not change when a run is resumed; each checkpoint has it."""
     settings = {name: value for name, value in (DEFAULTS | record["settings"]).items() if name not in RESUMABLE}
     return json.dumps([settings, record.get("network"), record.get("schedule")], sort_keys=True)
 
@@ -462,15 +456,12 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, network: Callable, table: Tensor, autocast: Callable) -> float:
-        losses = []
-        for start in range(0, len(self.batch.x0), self.batch_size):
-            part = self.batch.part(start, self.batch_size)
-            losses.append(prediction_losses(network, table, part, autocast))
-        return torch.cat(losses).mean().item()
+        parts = (self.batch.part(start, self.batch_size) for start in range(0, len(self.batch.x0), self.batch_size))
+        return torch.cat([prediction_losses(network, table, part, autocast) for part in parts]).mean().item()
 
 
 def preview(model: sample.Model, autocast: Callable):
-    """Draws a grid of 16 images, or 4 of large ones, in 10 steps, with the same seeds each time."""
+    """Draws a grid of 16 images, or 4 if they are large, in 10 steps, with the same seeds each time."""
     config, (_, height, width) = model.network.config, model.shape
     count = 16 if max(height, width) <= 64 else 4
     labels = [i % config.class_count for i in range(count)] if config.class_count else ()
@@ -582,10 +573,10 @@ class State:
         if "muon" in self.optimizers:
             self.optimizers["adamw"].param_groups[0]["lr"] *= 0.3
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings["clip"])
-        if self.scaler.is_enabled() and loss.isfinite() and not norm.isfinite():
+        finite = loss.isfinite() & norm.isfinite()
+        if self.scaler.is_enabled() and loss.isfinite() and not finite:
             self.sums[3] += 1
         else:
-            finite = loss.isfinite() & norm.isfinite()
             self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.step, self.first_bad)
             for optimizer in self.optimizers.values():
                 optimizer.step()  # not scaler.step, which would skip one optimizer without the other
@@ -615,7 +606,7 @@ class State:
         bad = int(self.first_bad)
         if bad >= 0:
             raise Diverged(
-                f"the loss or a gradient was not finite at step {bad}, in the images {batches.indices(bad).tolist()} "
+                f"the loss or a gradient was not finite at step {bad}, on images {batches.indices(bad).tolist()} "
                 "of the dataset; saved files are kept; a new run with a lower --lr or --precision fp32 may help"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
@@ -646,7 +637,7 @@ def measure_cost(
 ) -> tuple[float, float]:
     """Measures GFLOP and training seconds per image on a part of a batch, without changing weights.
 
-    With torch.compile, this is the first call: if it fails, a message says so and training goes on in eager mode.
+    With torch.compile this compiles the network; if that fails, it prints so, and training goes on in eager mode.
     """
     gflop = unet.flops(network.config, network.config.image_size) / 1e9
     count = len(batch.x0) // settings["accumulate"]
@@ -732,8 +723,8 @@ class Stop:
 
 def begin_resumed(args: argparse.Namespace, given: dict) -> tuple[dict, dict]:
     """Returns the record and the newest checkpoint of the run that --resume names."""
-    named = {name for name, value in vars(args).items() if value is not None and name != "resume"}
-    refused = sorted((given.keys() - RESUMABLE) | named)
+    others = {name for name, value in vars(args).items() if value is not None} - {"resume"}
+    refused = sorted((given.keys() - RESUMABLE) | others)
     if refused:
         flag = refused[0].replace("_", "-")
         raise InputError(f"--{flag} cannot change when a run is resumed; omit it, or start a new run")
@@ -756,10 +747,7 @@ def begin_new(args: argparse.Namespace, given: dict) -> tuple:
     base = read_config(args.config) if args.config else None
     device = sample.choose_device(given.get("device") or (base and base["settings"]["device"]))
     settings = resolve_settings(args, given, base and base["settings"], device)
-    title = args.preset or DEVICE_PRESETS[device.type]
-    if NETWORK & given.keys():
-        title += " with changes"
-    record = {"title": title, "settings": settings, "init_hash": None}
+    record = {"title": args.preset or DEVICE_PRESETS[device.type], "settings": settings, "init_hash": None}
     if base:
         record |= {
             "title": f"settings of {args.config}",
@@ -773,7 +761,7 @@ def begin_new(args: argparse.Namespace, given: dict) -> tuple:
     model = sample.read_model(settings["init"])
     if base and "init" not in given and base.get("init_hash") != model.hash:
         raise InputError(
-            f"--config {args.config}: the model that it was initialised from has changed; to use the changed one, "
+            f"--config {args.config}: the model that its run started from has changed; to use the changed one, "
             "add --init PATH"
         )
     if not base and "size" not in given:
@@ -828,7 +816,7 @@ def prepare_data(record: dict, processes: Processes) -> data.Dataset:
 
 
 def make_network(record: dict, classes: tuple) -> tuple:
-    """Makes the network, with initial weights, and the noise schedule, from those in the record or else its settings.
+    """Makes the network, with initial weights, and the noise schedule: from the record's configs, else its settings.
 
     Raises InputError if a network from --init or a checkpoint has other classes than the data.
     """
@@ -854,7 +842,7 @@ def make_network(record: dict, classes: tuple) -> tuple:
 class Run:
     """What the loop needs, however the run began."""
 
-    folder: Path | None  # None in all processes but the first
+    folder: Path | None  # used only in the first process
     record: dict  # content of config.json
     schedule: ddpm.Schedule
     processes: Processes
@@ -940,12 +928,7 @@ def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int
             "held_out": held_out,
             "skipped": list(dataset.skipped[:100]),
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "git_commit": git_commit(),
         "processes": run.processes.world,
         "threads": torch.get_num_threads(),
@@ -967,17 +950,16 @@ def print_summary(run: Run, gflop: float, seconds: float) -> None:
     """Prints what is trained on which data, and an estimate of the time."""
     settings, kept, step = run.record["settings"], run.record["data"], run.state.step
     print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
-    for line in kept["skipped"][:5]:
+    for line in [*kept["skipped"][:5], "others, see config.json"][: len(kept["skipped"])]:
         print(f"skipped {line}")
-    if len(kept["skipped"]) > 5:
-        print("config.json lists more of them")
     parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
     title = run.record.get("title", "resumed")
     print(f"{title}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image")
     steps, batch_size = settings["steps"] - step, settings["batch_size"]
     estimate = timedelta(seconds=round(steps * batch_size * seconds / run.processes.world))
-    where = f"{settings['device']} in {settings['precision']}"
-    print(f"{steps:,} steps of {batch_size} images on {where}: about {estimate}")
+    print(
+        f"{steps:,} steps of {batch_size} images on {settings['device']} in {settings['precision']}: about {estimate}"
+    )
     rate, usual = settings["lr"], RATES[settings["optimizer"]]
     if not usual / 10 <= rate <= usual * 10:
         far, effect = ("below", "many more steps needed") if rate < usual else ("above", "training may diverge")
@@ -1011,7 +993,7 @@ def train(args: argparse.Namespace, given: dict) -> int:
         stopped_by = processes.agree(stop.signal)
         if not due and not stopped_by:
             continue
-        state.raise_if_diverged(run.batches)  # waits for the device: not in each step
+        state.raise_if_diverged(run.batches)  # waits for the device, so not in each step
         if processes.lead and "log" in due:
             images, now = (state.step - logged) * settings["batch_size"], time.perf_counter()
             line = state.metrics(settings) | {"images_per_second": images / (now - logged_at), "time": time.time()}

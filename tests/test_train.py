@@ -650,7 +650,7 @@ def test_auto_is_resolved_so_that_a_repeated_run_needs_no_network(tmp_path, monk
     assert train.DEFAULTS["data"] == "auto"
     assert train.main(["--out", str(tmp_path / "a"), "--steps", "2", *TINY]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("data: SYNTHETIC BUTTERFLIES (--data auto), because ") and "nano with changes: 16 px" in said
+    assert said.startswith("data: SYNTHETIC BUTTERFLIES (--data auto), because ") and "nano: 16 px" in said
     assert data.read_json(tmp_path / "a/config.json")["settings"]["data"] == "synthetic:40"
 
     def forbid():
