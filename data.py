@@ -353,18 +353,21 @@ class ServedImages:
     def days(self) -> list[Path]:
         """Lists the folders of days, oldest first. Links, and folders without a log, belong to something else."""
         named = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-        return sorted(day for day in named if not day.is_symlink() and any(day.glob("*.jsonl")))
+        return sorted(day for day in named if not day.is_symlink() and self.logs(day))
+
+    def logs(self, day: Path) -> list[Path]:
+        return sorted(log for log in day.glob("*.jsonl") if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name))
 
     def records(self, day: Path) -> Iterator[tuple]:
         """Yields (file, facts) of each image that the logs of a day name, whether it still exists or not."""
-        for log in sorted(day.glob("*.jsonl")):
+        for log in self.logs(day):
             lines = []
             with suppress(OSError):  # deleted by another process
                 lines = log.read_bytes().splitlines()
             for line in lines:
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash, or not ours
                     facts = json.loads(line)
-                    if re.fullmatch(re.escape(facts["request"]) + r"-\d+\.png", facts["file"]):
+                    if re.fullmatch(r"[\w-]+-\d+\.png", facts["file"]):  # in this folder, whatever the line says
                         yield day / facts["file"], facts
 
     def read(self, day: Path) -> Iterator[tuple]:
@@ -382,7 +385,9 @@ class ServedImages:
         """Lists the images that this and other processes have saved, as a heap whose first image is deleted first."""
         self.images, self.bytes, self.unscanned = [], 0, 0
         for day in self.days():
-            self.bytes += sum(log.stat().st_size for log in day.glob("*.jsonl"))
+            for log in self.logs(day):
+                with suppress(OSError):  # deleted by another process
+                    self.bytes += log.stat().st_size
             for file, _ in self.records(day):
                 with suppress(OSError):
                     self._add(file, file.lstat().st_size)
@@ -415,9 +420,10 @@ class ServedImages:
         self.unscanned += len(encoded) + len(line)
         deleted = self._make_room()
         if path not in deleted:
-            atomic_write(path, lambda file: file.write(encoded))
+            path.parent.mkdir(exist_ok=True)
             with open(path.parent / self.log_name, "a", encoding="utf-8") as log:
-                log.write(line)
+                log.write(line)  # first, so that no file is without a line
+            atomic_write(path, lambda file: file.write(encoded))
         return deleted
 
     def _make_room(self) -> list[Path]:
@@ -426,18 +432,18 @@ class ServedImages:
         while self.bytes > self.limit and self.images:
             day, _, file, size = heapq.heappop(self.images)
             self.bytes -= size
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's by now, or gone
+                file.unlink()
             deleted.append(file)
             if self.images and self.images[0][0] != day:
                 self._delete_logs(file.parent)
         return deleted
 
     def _delete_logs(self, day: Path) -> None:
-        for log in day.glob("*.jsonl"):
-            if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name):
-                self.bytes -= log.stat().st_size
-                log.unlink(missing_ok=True)
         with suppress(OSError):  # other files are kept
+            for log in self.logs(day):
+                self.bytes -= log.stat().st_size
+                log.unlink()
             day.rmdir()
 
 

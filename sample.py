@@ -366,13 +366,17 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
     rows = rows[batch]
     output = network(state[:, ddpm.X], rows[:, ddpm.TIMESTEP].long().to(device), labels)
     state, x0 = ddpm.step(state, output, rows, noise[batch].to(device), known)
-    for i, drawing in enumerate(drawings):
-        drawing.state = state[i : i + 1].clone()  # a view would keep the whole batch in memory
-        drawing.step, drawing.drawn = drawing.step + 1, None
+    states = [part.clone() for part in state[: len(drawings)].split(1)]  # a view would keep the whole batch in memory
+    if any(drawing.watched for drawing in drawings):
+        previews = data.to_uint8(x0).cpu()
+    if any(drawing.step + 1 == len(drawing.table) for drawing in drawings):
+        pixels = data.to_uint8(state[:, ddpm.X]).cpu()
+    for i, drawing in enumerate(drawings):  # nothing fails from here on: all are advanced, or none
+        drawing.state, drawing.step, drawing.drawn = states[i], drawing.step + 1, None
         if drawing.watched:
-            drawing.preview = drawing.step, data.to_uint8(x0[i]).cpu()
+            drawing.preview = drawing.step, previews[i]
         if drawing.step == len(drawing.table):
-            drawing.pixels, drawing.state, drawing.noise = data.to_uint8(state[i, ddpm.X]).cpu(), None, None
+            drawing.pixels, drawing.state, drawing.noise = pixels[i], None, None
 
 
 # ---- what to draw ----------------------------------------------------------------------------------------------------

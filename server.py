@@ -32,6 +32,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -53,9 +54,9 @@ MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
 MAX_TARGET = 8 * 1024  # bytes
 MAX_HEADERS = 100
 MAX_CONNECTIONS = 256  # fewer if RLIMIT_NOFILE is low
+MAX_SAVES = 100  # finished requests whose images wait to be saved
 OTHER_FILES = 64  # descriptors for everything that is not a connection
-MAX_THREADS = 2 * MAX_CONNECTIONS  # above it a rejected connection is closed at once
-MAX_JOBS = 224  # the other connections are for probes and refusals
+MAX_FAILURES = 20  # calls of the network that fail in a row before the engine gives up
 LOAD = 0.6  # of the time limit: admitted jobs take at most this long in all, at the measured rate
 AGED = 0.3  # of the time limit: older jobs go first
 STUCK_SECONDS, STUCK_STEPS = 60.0, 100  # a step that takes longer, also in steps of usual length, will never end
@@ -331,6 +332,8 @@ class Engine:
         self.model: sample.Model | None = None  # of new jobs
         self.rate = 100.0  # predictions a second
         self.step_began: float | None = None  # time.monotonic() of the step that is being made
+        self.failures = 0  # in a row
+        self.max_jobs = MAX_CONNECTIONS * 7 // 8  # the other connections are for probes and refusals
         self.closing = False
         self.thread = threading.Thread(target=self.loop, name="engine", daemon=True)
 
@@ -371,20 +374,22 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Admits a job, or raises Refusal: 503 while shutting down, 429 with Retry-After if the queue is full.
 
-        It is full for a client that would have more than half of the room. A job that finds the queue empty is always
+        A client may fill half of the room, and counts for no more than half. A job that finds the queue empty is always
         admitted.
         """
         with self.lock:
             if self.closing or not self.alive():
                 raise shutting_down()
             room = self.room(job.deadline - job.arrived)
-            prices = {other: max(other.work, room / MAX_JOBS) for other in [*self.jobs, job]}
-            own = [price for other, price in prices.items() if other.client == job.client]
-            excess = sum(prices.values()) - room
-            if len(own) > 1:
-                excess = max(excess, sum(own) - room / 2)
-            if len(job.drawings[0].table) * self.batch > room:  # too many steps to be in time beside others
-                excess = sum(prices.values())
+            used = Counter()  # of the room, by each client
+            for other in [*self.jobs, job]:
+                used[other.client] += max(other.work, room / self.max_jobs)
+            own = used.pop(job.client)
+            excess = own + sum(min(work, room / 2) for work in used.values()) - room
+            if any(other.client == job.client for other in self.jobs):
+                excess = max(excess, own - room / 2)
+            if len(job.drawings[0].table) * self.batch > room / 2:  # too many steps to be in time beside others
+                excess = sum(other.work for other in self.jobs)
             if self.jobs and excess > 0:
                 raise Refusal(429, "the queue is full; retry later", headers=self.retry_after(excess))
             self.jobs.append(job)
@@ -458,14 +463,15 @@ class Engine:
     def choose(self) -> Members:
         """Chooses the images of the next step: of the job with the least work left, then of the next one, in order.
 
-        Jobs that are older than AGED go first, the oldest one at the head. All that was admitted before takes at most
-        LOAD of the time limit, so none is late.
+        Jobs older than AGED that can still be in time go first, the oldest one at the head. What was admitted before
+        takes at most LOAD of the time limit, so none is late.
         """
         now, room, chosen = time.monotonic(), self.batch, []
 
         def rank(job: Job) -> tuple:
             aged = now > job.arrived + AGED * (job.deadline - job.arrived)
-            return job.arrived if aged else math.inf, job.work
+            possible = job.work < self.rate * (job.deadline - now)
+            return job.arrived if aged and possible else math.inf, job.work
 
         for job in sorted(self.jobs, key=rank):
             for drawing in job.drawings:
@@ -488,9 +494,12 @@ class Engine:
                 self.metrics.observe("papilio_queue_wait_seconds", self.step_began - job.arrived)
         for members in groups.values():
             self.advance(members)
+        if self.failures > MAX_FAILURES:
+            raise RuntimeError("all calls of the network fail")
         seconds = time.perf_counter() - begin
         predictions = sum(drawing.weight for _, drawing in chosen)
-        if predictions >= self.batch or predictions / seconds > self.rate:  # a part of a batch is less efficient
+        full = predictions >= self.batch or predictions / seconds > self.rate  # a part of a batch is less efficient
+        if full and not self.failures:
             self.rate += 0.1 * (predictions / seconds - self.rate)
         self.metrics.observe("papilio_step_seconds", seconds)
         self.metrics.add("papilio_steps_total", predictions)
@@ -513,9 +522,11 @@ class Engine:
                     drawing.begin(model)
             sample.advance(model, drawings, self.batch if self.exact else len(drawings))
             self.metrics.add("papilio_images_total", sum(drawing.pixels is not None for drawing in drawings))
+            self.failures = 0
         except Exception:
             log(traceback.format_exc())
             self.metrics.add("papilio_engine_errors_total")
+            self.failures += 1
             if len(members) == 1:
                 return self.end(members[0][0], drawing_failed())
             for job, drawing in members:
@@ -545,10 +556,10 @@ def write_log() -> None:
         LOG.task_done()
 
 
-def flush_log(seconds: float) -> None:
-    """Waits until the log is written, or for `seconds` if nobody reads it."""
-    with LOG.all_tasks_done:
-        LOG.all_tasks_done.wait_for(lambda: not LOG.unfinished_tasks, seconds)
+def wait_until_done(tasks: queue.Queue, seconds: float) -> None:
+    """Waits for `seconds` until all tasks of a queue are done."""
+    with tasks.all_tasks_done:
+        tasks.all_tasks_done.wait_for(lambda: not tasks.unfinished_tasks, seconds)
 
 
 threading.Thread(target=write_log, daemon=True).start()
@@ -809,17 +820,13 @@ class Handler(BaseHTTPRequestHandler):
             self.engine.end(job, self.engine.too_late())
 
     def save_images(self, job: Job) -> None:
-        """Saves the images, with --save, once the response is complete; errors are logged and counted."""
+        """Queues the images to be saved, with --save."""
         if self.server.store:
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
             images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
-            errors, deleted = self.server.store.save(self.id, images)
-            for error in errors:
-                self.server.metrics.add("papilio_save_errors_total")
-                log(f"not saved: {error}")
-            for file in deleted:
-                log(f"--save-limit: a random sample of the day is kept, without {file}")
+            try:
+                self.server.saves.put_nowait((self.id, images))
+            except queue.Full:
+                self.server.report_save([f"more than {MAX_SAVES} requests wait to be saved"], [])
 
 
 def job_headers(job: Job) -> dict:
@@ -901,8 +908,13 @@ class Server(ThreadingHTTPServer):
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
-        self.max_connections = min(MAX_CONNECTIONS, max(1, file_limit() - OTHER_FILES))
+        # Half of the descriptors, because as many rejected connections may still be closing.
+        self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
+        engine.max_jobs = self.max_connections * 7 // 8
+        self.saves: queue.Queue = queue.Queue(MAX_SAVES)  # (request id, images with facts)
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
+        if store:
+            threading.Thread(target=self.save_loop, name="saves", daemon=True).start()
         with data.disk_errors(f"listen on {address[0]} port {address[1]}", "choose another --host or --port"):
             super().__init__(address, Handler)
 
@@ -930,7 +942,7 @@ class Server(ThreadingHTTPServer):
         with suppress(OSError):
             connection.setblocking(False)
             connection.send(BUSY)
-        if threading.active_count() < MAX_THREADS:
+        if threading.active_count() < 2 * self.max_connections + OTHER_FILES // 2:
             threading.Thread(target=self.shutdown_request, args=(connection,), daemon=True).start()
         else:
             connection.close()
@@ -954,6 +966,19 @@ class Server(ThreadingHTTPServer):
         self.close_request(connection)
         with self.lock:
             self.connections.pop(connection, None)
+
+    def save_loop(self) -> None:
+        """Saves queued images, in a thread of its own: neither responses nor connections wait for the disk."""
+        while True:
+            self.report_save(*self.store.save(*self.saves.get()))
+            self.saves.task_done()
+
+    def report_save(self, errors: list, deleted: list) -> None:
+        for error in errors:
+            self.metrics.add("papilio_save_errors_total")
+            log(f"not saved: {error}")
+        for file in deleted:
+            log(f"--save-limit: a random sample of the day is kept, without {file}")
 
     def handle_error(self, request, client_address) -> None:
         """Logs an exception of a handler's thread, which socketserver would print."""
@@ -1001,6 +1026,7 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         with self.lock:
             self.lock.wait_for(lambda: not any(self.connections.values()), max(1, end - time.monotonic()))
+        wait_until_done(self.saves, 1)
         self.server_close()
 
 
@@ -1115,7 +1141,7 @@ def serve(args: argparse.Namespace) -> int:
     server.drain()
     if not healthy:
         log("the engine makes no progress: leaving, so that a supervisor starts the server again")
-    flush_log(1)
+    wait_until_done(LOG, 1)
     os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line
 
 

@@ -88,7 +88,7 @@ def command(name: str, port: int, flags: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def running(*names: str, against: Path | None = None, flags: tuple[str, ...] = ()):
+def running(*names: str, against: Path | None = None, flags: tuple[str, ...] = (), warm: bool = True):
     """Starts servers, and stops each by SIGSTOP when it has answered. Yields {name: (process, port)}."""
     found = {}
     try:
@@ -98,7 +98,8 @@ def running(*names: str, against: Path | None = None, flags: tuple[str, ...] = (
             process = subprocess.Popen(command(name, port, flags), cwd=folder, stderr=subprocess.DEVNULL)
             found[name] = process, port
             wait_for(lambda port=port: ask(port, "/readyz")[0] == 200, process)
-            ask(port, "/generate_sample/?seed=1")
+            if warm:
+                ask(port, "/generate_sample/?seed=1")
             process.send_signal(signal.SIGSTOP)
         yield found
     finally:
