@@ -794,7 +794,8 @@ class Handler(BaseHTTPRequestHandler):
         fields |= {"n": 1, "seed": secrets.randbelow(2**31)}
         wanted = sample.DrawRequest(**fields | parse_query(request.query, parameters(model)))
         try:
-            table = wanted.table(model.schedule)
+            with self.server.planning:
+                table = wanted.table(model.schedule)
         except InputError as error:  # for example, steps_offset goes beyond the last timestep
             raise Refusal(400, str(error), "eta" if "eta" in str(error) else "steps") from error
         images = wanted.images(model.network.config)
@@ -911,6 +912,7 @@ class Server(ThreadingHTTPServer):
         # Half of the descriptors, because as many rejected connections may still be closing.
         self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
         engine.max_jobs = self.max_connections * 7 // 8
+        self.planning = threading.Lock()  # one at a time, so that handlers leave the interpreter to the engine
         self.saves: queue.Queue = queue.Queue(MAX_SAVES)  # (request id, images with facts)
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         if store:
