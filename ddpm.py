@@ -492,9 +492,8 @@ def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
         return b
     if fraction == 0 or angle < 1e-6:
         return a
-    share_a = ((1 - fraction) * angle).sin() / angle.sin()
-    share_b = (fraction * angle).sin() / angle.sin()
-    return (share_a * a + share_b * b).to(a.dtype)
+    mixed = ((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b
+    return (mixed / angle.sin()).to(a.dtype)
 
 
 def initial_state(x: Tensor) -> Tensor:

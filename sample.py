@@ -84,7 +84,7 @@ def set_threads(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
 
 
 def compile_or_continue(network: unet.UNet, call: Callable, mode: str = "default") -> None:
-    """Compiles a network in place with torch.compile and runs call(), which calls it.
+    """Compiles a network in place with torch.compile, then runs call(), which runs the network.
 
     If that fails, prints a message and returns to eager mode. Compiled code is cached between runs.
     """
@@ -235,7 +235,7 @@ def find_model(named: Path | str | None) -> tuple[Path, str]:
         run = max(models, key=lambda file: (file.stat().st_mtime_ns, file)).parents[2]
         return run, f"{run} (the newest run; override with --model)"
     if DEFAULT_MODEL.is_dir():
-        return DEFAULT_MODEL, f"the default model ({RUNS}/ has no run yet; override with --model)"
+        return DEFAULT_MODEL, f"the default model ({RUNS}/ has no model yet; override with --model)"
     raise InputError(
         f"there is no model in {RUNS}/ yet: train one with `python train.py`, or name a folder with --model"
     )
@@ -274,8 +274,8 @@ def draw(
 ) -> Tensor:
     """Draws one image for each seed: uint8 (N, C, H, W) on the CPU.
 
-    Image i depends only on seeds[i] and labels[i]: in fp32 within 1/255 at any batch size, and bit-identically with
-    `exact`, which pads each batch to EXACT_BATCH images.
+    Image i depends only on seeds[i] and labels[i], except for rounding: at most 1/255 in fp32, and none with `exact`,
+    which pads each batch to EXACT_BATCH images.
 
     table     from `ddpm.sampler_table`; with `picture`, made for the `ddpm.truncated` schedule
     labels    class of each image; (): no class, for a model without classes or trained with label dropout
@@ -340,7 +340,7 @@ class Drawing:
 
 
 def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: Tensor | None = None) -> None:
-    """Makes one step of each drawing, in one call of the network with batch_size images; the rest is padding.
+    """Makes one step of each drawing, in one call of the network on a batch padded to batch_size.
 
     The drawings may be at different steps of different tables, but all with guidance or all without it. `known` is as
     in ddpm.step.
@@ -389,7 +389,7 @@ DRAW_FLAGS = [
          "classes in turn; with --from, no class)", {"dest": "classes"}),
     Flag("--guidance", 1.0, real(0, 1000), "classifier-free guidance scale: 0 no class, 1 no guidance, 2 or 3 strong"),
     Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampling algorithm"),
-    Flag("--steps", None, whole(1), f"calls of the network per image (default: {ddpm.DEFAULT_STEPS}; ddpm: all "
+    Flag("--steps", None, whole(1), f"sampling steps from pure noise (default: {ddpm.DEFAULT_STEPS}; ddpm: all "
          "timesteps)"),
     Flag("--spacing", None, ddpm.SPACINGS, "spacing of the timesteps (default: trailing; ddpm: the one in the "
          "model's scheduler_config.json)"),
@@ -411,7 +411,7 @@ class DrawRequest:
     eta: float
 
     def table(self, schedule: ddpm.Schedule, strength: float = 1.0) -> Tensor:
-        """Returns the sampler's table; with strength < 1, that share of its steps, over the low timesteps only.
+        """Returns the sampler's table; with strength < 1: strength * steps, on the lowest strength * T timesteps.
 
         Raises InputError for an incompatible sampler, steps, spacing or eta.
         """
@@ -529,7 +529,7 @@ SAMPLE_FLAGS = {
         Flag("--batch-size", None, whole(1, 65536), "images per call of the network (default: 8)"),
         Flag("--compile", None, bool, "torch.compile the network: takes minutes the first time, then seconds; slower "
              "than eager mode on a CPU in bf16"),
-        Flag("--exact", None, bool, f"the same bits for an image in any batch: all are padded to {EXACT_BATCH}"),
+        Flag("--exact", None, bool, f"images bit-identical in any batch: batches are padded to {EXACT_BATCH}"),
     ],
 }  # fmt: skip
 
@@ -633,7 +633,7 @@ class Output:
             self.frames.setdefault(i, []).append(data.to_uint8(x).cpu())
 
     def add(self, start: int, drawn: Tensor) -> None:
-        """Takes the images start, start + 1, ...; with --each it writes their files."""
+        """Takes images number start, start + 1, ...; with --each, writes their files."""
         self.drawn.append(drawn)
         if self.args.each:
             for i, image in enumerate(drawn, start):

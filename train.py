@@ -65,7 +65,7 @@ SETTINGS = {
     "network": [
         Flag("--init", None, str, "start from the weights of this run or model folder, with its network and schedule"),
         Flag("--channels", [32, 64, 128], whole_numbers, "channels per level; each level halves the resolution"),
-        Flag("--attention", [8], whole_numbers, "sides of the feature maps that get attention"),
+        Flag("--attention", [8], whole_numbers, "feature-map resolutions that get attention"),
         Flag("--layers", 1, whole(1, 16), "ResNet blocks per level"),
         Flag("--head-dim", 32, whole(1, 4096), "channels of an attention head"),
         Flag("--patch-size", 1, whole(1, 16), "fold N x N pixels into channels at the input (space-to-depth)"),
@@ -97,7 +97,7 @@ SETTINGS = {
         Flag("--clip", 1.0, real(1e-6), "gradients are clipped to this norm"),
         Flag("--ema", 500_000, whole(0), "half-life of the weight EMA in images, at most 1/10 of the images seen; "
              "0: no EMA"),
-        Flag("--seed", 0, whole(0), "seed of all random numbers"),
+        Flag("--seed", 0, whole(0), "random seed of the training"),
     ],
     "logging": [
         Flag("--log-every", 20, whole(1), "steps between lines of metrics.jsonl"),
@@ -279,7 +279,7 @@ def make_configs(settings: dict, classes: Sequence[str]) -> tuple:
 
 
 def learning_rate(settings: dict, step: int) -> float:
-    """Returns the learning rate of a step: linear warm-up, then half a cosine to 0 (Loshchilov & Hutter 2017)."""
+    """Returns the learning rate of a step: linear warm-up, then constant or a cosine (Loshchilov & Hutter 2017)."""
     peak, warmup = settings["lr"], settings["warmup"]
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -307,8 +307,9 @@ def save_checkpoint(folder: Path, step: int, content: dict, keep: int) -> None:
     torch.save(content, buffer := io.BytesIO())  # in memory first: torch's writer hides errors of the disk
     parts = buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()
     data.atomic_write(folder / f"checkpoint-{step:08d}.pt", lambda file: file.writelines(parts))
+    # By time, because a damaged one may have the highest step number.
     files = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: file.stat().st_mtime_ns)
-    for old in files[:-keep]:  # by time: a damaged one may have the highest step number
+    for old in files[:-keep]:
         with data.disk_errors(f"delete {old}"):
             old.unlink()
 
@@ -328,7 +329,7 @@ def load_checkpoint(folder: Path) -> dict:
 
 
 def identity(record: dict) -> str:
-    """Returns, as text, the part of a record that must not change when a run is resumed; each checkpoint has it."""
+    """Returns, as text, the part of config.json that must stay the same on resuming; checkpoints store it."""
     settings = {name: value for name, value in (DEFAULTS | record["settings"]).items() if name not in RESUMABLE}
     return json.dumps([settings, record.get("network"), record.get("schedule")], sort_keys=True)
 
@@ -610,7 +611,7 @@ class State:
                 "of the dataset; saved files are kept; a new run with a lower --lr or --precision fp32 may help"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            raise Diverged(f"gradients overflow fp16 at step {self.step} even unscaled; try --precision fp32")
+            raise Diverged(f"fp16 gradients overflow at loss scale 1 (step {self.step}); try --precision fp32")
 
 
 def backward(
@@ -718,7 +719,7 @@ class Stop:
 
 # ---- how a run begins ------------------------------------------------------------------------------------------------
 
-# The record of a run is the content of its config.json. `begin_run` adds what `begin_new` leaves out.
+# The record of a run is the content of its config.json. `make_network` and `open_folder` complete it.
 
 
 def begin_resumed(args: argparse.Namespace, given: dict) -> tuple[dict, dict]:
@@ -807,7 +808,7 @@ def prepare_data(record: dict, processes: Processes) -> data.Dataset:
         dataset = data.prepare(found, settings["size"], **options)
     settings["data"] = found
     if "data" in record and record["data"].get("fingerprint") != dataset.fingerprint:
-        raise InputError(f"{found} has changed since the run began; name the original data with --data")
+        raise InputError(f"{found} is not the data in config.json; name the original data with --data")
     if settings["classes"] and not dataset.classes:
         raise InputError(
             f"--classes: the images of {found} have no classes; put the images of each class in a folder of their own"
@@ -816,9 +817,9 @@ def prepare_data(record: dict, processes: Processes) -> data.Dataset:
 
 
 def make_network(record: dict, classes: tuple) -> tuple:
-    """Makes the network, with initial weights, and the noise schedule: from the record's configs, else its settings.
+    """Makes the network, with initial weights, and the noise schedule, from the record's configs or else its settings.
 
-    Raises InputError if a network from --init or a checkpoint has other classes than the data.
+    Raises InputError if the record's network has other classes than the data.
     """
     settings = record["settings"]
     if "network" in record:

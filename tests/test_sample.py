@@ -352,7 +352,7 @@ def test_newest_run_is_the_default(tmp_path, capsys, monkeypatch, folder):
     assert "train one with `python train.py" in capsys.readouterr().err and not list(tmp_path.iterdir())
     shutil.copytree(folder, tmp_path / "box")
     path, which = sample.find_model(None)
-    assert path == tmp_path / "box" and which.startswith("the default model (runs/ has no run yet")
+    assert path == tmp_path / "box" and which.startswith("the default model (runs/ has no model yet")
     for name, age in (("old", 200), ("new", 100), ("middle", 150)):
         shutil.copytree(folder, tmp_path / "runs" / name / "model")
         moment = (tmp_path / "runs" / name / "model" / WEIGHTS).stat().st_mtime - age
@@ -967,7 +967,7 @@ def test_the_default_model_is_drawn_from_where_there_is_no_run(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert sample.main(["-n", "8"]) == 0
     assert (
-        "the default model (runs/ has no run yet; override with --model): 64 px, ipndm, 10 steps"
+        "the default model (runs/ has no model yet; override with --model): 64 px, ipndm, 10 steps"
         in capsys.readouterr().out
     )
     with Image.open(tmp_path / "samples.png") as picture:
