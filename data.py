@@ -1175,7 +1175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source",
         metavar="SOURCE",
         help="folder of images, .parquet file or folder of them, Hugging Face dataset id (org/name), smithsonian, "
-        "synthetic, synthetic:N, synthetic:N:SEED, or auto",
+        "synthetic[:COUNT[:SEED]], or auto",
     )
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)

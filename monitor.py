@@ -446,7 +446,7 @@ QUALITY_FLAGS = {
     "quality": [
         Flag("-n", 1000, whole(3, 1_000_000), "images to sample, or to read from SUBJECT"),
         Flag("--real", None, str, "images to compare with: folder, parquet file, Hugging Face dataset id or "
-             "synthetic:N:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
+             "synthetic:COUNT:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
              "synthetic images)"),
         Flag("--train", None, str, "training images, to find near-copies (default: those of the run)"),
         Flag("--size", None, whole(8, 1024), "side to scale images to, in pixels (default: the model's own, else 64)"),

@@ -32,7 +32,7 @@ DEFAULT_MODEL = Path(__file__).parent / "builtin/model"
 WEIGHTS = "diffusion_pytorch_model"
 DIFFUSERS_VERSION = "0.40.0"  # save_model writes its file layout
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXACT_BATCH = 4  # batch size of --exact: an image's bits depend on its batch's shape, so all batches share one
+EXACT_BATCH = 4  # batch size of --exact: an image's bits depend on the batch shape, so it is fixed
 
 Seed = int | tuple[int, int, float]  # a number, or (a, b, f): noise interpolated from seed a to seed b by fraction f
 
@@ -188,7 +188,7 @@ def _digest(files: Sequence[Path]) -> str:
 def read_model(path: Path | str) -> Model:
     """Reads and checks a run's newest model, a model folder, or a folder that diffusers wrote (flat and `.bin` too).
 
-    The network is on the CPU in float32. Raises InputError, one sentence, for anything that is wrong with the folder.
+    The network is on the CPU in float32. Raises a one-sentence InputError for anything wrong with the folder.
     """
     with data.disk_errors(f"read {path}"):
         files = _model_files(Path(path))
@@ -389,7 +389,7 @@ DRAW_FLAGS = [
          "classes in turn; with --from, no class)", {"dest": "classes"}),
     Flag("--guidance", 1.0, real(0, 1000), "classifier-free guidance scale: 0 no class, 1 no guidance, 2 or 3 strong"),
     Flag("--sampler", ddpm.DEFAULT_SAMPLER, tuple(ddpm.SAMPLERS), "sampling algorithm"),
-    Flag("--steps", None, whole(1), f"sampling steps from pure noise (default: {ddpm.DEFAULT_STEPS}; ddpm: all "
+    Flag("--steps", None, whole(1), f"sampling steps at strength 1 (default: {ddpm.DEFAULT_STEPS}; ddpm: all "
          "timesteps)"),
     Flag("--spacing", None, ddpm.SPACINGS, "spacing of the timesteps (default: trailing; ddpm: the one in the "
          "model's scheduler_config.json)"),
@@ -411,7 +411,7 @@ class DrawRequest:
     eta: float
 
     def table(self, schedule: ddpm.Schedule, strength: float = 1.0) -> Tensor:
-        """Returns the sampler's table; with strength < 1: strength * steps, on the lowest strength * T timesteps.
+        """Returns the sampler's table; `strength` < 1 keeps that share of the steps and of the timesteps.
 
         Raises InputError for an incompatible sampler, steps, spacing or eta.
         """
@@ -428,7 +428,7 @@ class DrawRequest:
     def images(self, config: unet.UNetConfig, seeds: Sequence[Seed] = ()) -> list[tuple]:
         """Returns (label, seed) of each image: all seeds for each named class.
 
-        If none is named, the class is the seed modulo the number of classes. `seeds` replaces seed, seed + 1, ...
+        If none is named, the class is the seed modulo the number of classes. `seeds` overrides self.seed and self.n.
         """
         first = self.seed or 0
         seeds = seeds or [(first + i) % 2**63 for i in range(self.n)]
@@ -457,7 +457,7 @@ class DrawRequest:
 
 
 def choose_classes(config: unet.UNetConfig, text: str) -> list[int]:
-    """Returns the labels that --class names: names or numbers separated by commas, or all.
+    """Returns the labels for --class: names or numbers separated by commas, or all.
 
     Raises InputError if the model has no classes, or lacks one of these.
     """
@@ -588,7 +588,7 @@ def choose_images(args: argparse.Namespace, request: DrawRequest, config: unet.U
 def read_picture(flag: str, path: Path, size: Sequence[int], channels: int) -> Tensor:
     """Reads a picture of any format as uint8 (channels, H, W). Raises InputError if it is unreadable."""
     if size[0] != size[1]:
-        raise InputError(f"{flag} needs a model of square images; this one's are {size[1]} x {size[0]}")
+        raise InputError(f"{flag} needs a model of square images, not of {size[1]} x {size[0]}")
     try:
         return torch.from_numpy(data.decode(path.read_bytes(), size[0], channels).copy())
     except Exception as error:  # decoders raise nearly anything for a damaged file
@@ -633,7 +633,7 @@ class Output:
             self.frames.setdefault(i, []).append(data.to_uint8(x).cpu())
 
     def add(self, start: int, drawn: Tensor) -> None:
-        """Takes images number start, start + 1, ...; with --each, writes their files."""
+        """Takes images start, start + 1, ...; with --each, writes their files."""
         self.drawn.append(drawn)
         if self.args.each:
             for i, image in enumerate(drawn, start):

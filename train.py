@@ -53,8 +53,8 @@ def whole_numbers(text: str) -> list[int]:
 # All settings of a run. A preset replaces some of the defaults. Flags and config.json use the same names.
 SETTINGS = {
     "data": [
-        Flag("--data", "auto", str, "folder of images, parquet file, Hugging Face dataset id, smithsonian, synthetic, "
-             "synthetic:N, or auto: smithsonian if it is cached or the hub can be reached, else synthetic"),
+        Flag("--data", "auto", str, "folder of images, parquet file, Hugging Face dataset id, smithsonian, "
+             "synthetic[:COUNT], or auto: smithsonian if it is cached or the hub can be reached, else synthetic"),
         Flag("--revision", None, str, "commit or branch of a Hugging Face dataset"),
         Flag("--size", 32, whole(8, 1024), "width and height of the images in pixels"),
         Flag("--image-channels", 3, whole(1, 3), "3 for colour, 1 for grey"),
@@ -495,7 +495,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum for matrices, and for convolutions as (out, in x height x width) matrices.
 
-    The update of torch.optim.Muon (Jordan et al. 2024), which accepts only 2-D parameters.
+    The same update as torch.optim.Muon (Jordan et al. 2024), which itself accepts only 2-D parameters.
     """
 
     def __init__(self, parameters, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -762,8 +762,7 @@ def begin_new(args: argparse.Namespace, given: dict) -> tuple:
     model = sample.read_model(settings["init"])
     if base and "init" not in given and base.get("init_hash") != model.hash:
         raise InputError(
-            f"--config {args.config}: the model that its run started from has changed; to use the changed one, "
-            "add --init PATH"
+            f"--config {args.config}: the --init model of that run has changed; to use it anyway, add --init PATH"
         )
     if not base and "size" not in given:
         settings["size"] = model.network.config.image_size[0]
@@ -817,7 +816,7 @@ def prepare_data(record: dict, processes: Processes) -> data.Dataset:
 
 
 def make_network(record: dict, classes: tuple) -> tuple:
-    """Makes the network, with initial weights, and the noise schedule, from the record's configs or else its settings.
+    """Makes the initialised network and the noise schedule from the record's configs, else from its settings.
 
     Raises InputError if the record's network has other classes than the data.
     """

@@ -619,21 +619,21 @@ def test_40_clients_with_8_images_each_are_all_answered_in_time(monkeypatch):
     world.finish(jobs)
 
 
-@pytest.mark.parametrize("believed", [0.8, 1.0, 1.1])
-@pytest.mark.parametrize("sizes", [((1, 10),), ((8, 10),), ((1, 600), (1, 250), (1, 1), (64, 10)), ((64, 50), (1, 10))])
+@pytest.mark.parametrize("believed", [0.9, 1.1])
+@pytest.mark.parametrize("sizes", [((3, 10),), ((8, 10),), ((1, 600), (1, 250), (1, 1), (64, 10)), ((64, 25), (1, 10))])
 def test_under_overload_nothing_admitted_is_late_and_no_capacity_is_lost(monkeypatch, sizes, believed):
-    """Four times what can be served, at random times, for five timeouts; the rate is measured right and wrong."""
+    """Four times what can be served, at random times, for three timeouts; the rate is measured right and wrong."""
     world, rng, jobs, client = World(monkeypatch, believed=believed), random.Random(0), [], 0
     pause = sum(images * steps for images, steps in sizes) / len(sizes) / world.rate / 4
     coming = 0.0
-    while world.now < 600:
+    while world.now < 360:
         while coming <= world.now:
             client += 1
             images, steps = rng.choice(sizes)
             jobs.append(world.submit(str(client), images, steps))
             coming += rng.expovariate(1 / pause)
         world.step()
-    busy, refused = world.worked / (600 * world.rate), jobs.count(None)
+    busy, refused = world.worked / (360 * world.rate), jobs.count(None)
     world.finish(job for job in jobs if job)
     assert busy > 0.9 and refused > 0 and max(world.refused) <= server.MAX_RETRY
 
