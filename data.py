@@ -67,14 +67,11 @@ class Dataset:
     images: ndarray  # uint8 (N, C, H, W), a copy-on-write memory map
     labels: ndarray | None  # int64 (N,), indices into classes
     classes: tuple[str, ...]  # () if there are none
-    digests: (
-        ndarray  # uint8 (N, 32): SHA-256 of each encoded image, or of a synthetic one's number; the same at any size
-    )
+    digests: ndarray  # uint8 (N, 32): SHA-256 of each encoded image, or of a synthetic one's number; for any size
     groups: ndarray  # int64 (N,): near-duplicates have the same number
     checksum: str  # SHA-256 of images, labels and class names, in order
-    fingerprint: (
-        str  # the checksum; for synthetic images, which may differ by 2 levels elsewhere, SHA-256 of the recipe
-    )
+    # The checksum; for synthetic images, which may differ by 2 levels elsewhere, SHA-256 of the recipe.
+    fingerprint: str
     source: str  # absolute path, Hugging Face dataset id or synthetic:N
     revision: str | None  # of a Hugging Face dataset, or version of the synthetic images
     skipped: tuple[str, ...]  # "name: reason"
