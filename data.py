@@ -19,6 +19,7 @@ import json
 import math
 import operator
 import os
+import queue
 import re
 import shutil
 import sys
@@ -47,6 +48,7 @@ SIZES = (8, 1024)  # 8: the near-duplicate descriptor has 8 x 8 cells
 SHORT_NAMES = {"smithsonian": "huggan/smithsonian_butterflies_subset"}
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 HUB_SECONDS = 5.0
+MAX_SAVES = 100  # requests whose images wait to be saved
 # RMS difference in levels of 255. 11 pairs of 700 butterflies on white and 84 pairs of CIFAR-10 (both at 32 px) are
 # closer. All that were looked at show one photograph, recompressed, shifted or mirrored, or specimens that are hard to
 # tell apart; no group has more than 3 images. At 12, different specimens join in a chain of 18.
@@ -341,6 +343,7 @@ class ServedImages:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit, self.lock = folder, limit, threading.Lock()
+        self.waiting: queue.Queue = queue.Queue(MAX_SAVES)  # arguments of `save`
         self.log_name = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
         with disk_errors(f"write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -406,6 +409,12 @@ class ServedImages:
                 except (InputError, OSError) as error:
                     errors.append(error)
         return errors, deleted
+
+    def save_waiting(self, report: Callable) -> None:
+        """Saves what is in the queue `waiting`, and calls report(errors, deleted) each time. It never returns."""
+        while True:
+            report(*self.save(*self.waiting.get()))
+            self.waiting.task_done()
 
     def _save_one(self, path: Path, pixels: Tensor, facts: dict) -> list[Path]:
         """Saves an image unless it is the first to delete. Returns the deleted files."""
@@ -1064,6 +1073,16 @@ class Flag:
             return self.parse(as_text(value)) == value
         except (ValueError, argparse.ArgumentTypeError):
             return False
+
+    def schema(self) -> dict:
+        """Returns the JSON schema of a value."""
+        schema = {"description": self.help}
+        if self.default is not None:
+            schema["default"] = self.default
+        if isinstance(self.type, tuple):
+            return schema | {"type": "string", "enum": list(self.type)}
+        kind = {int: "integer", float: "number"}[self.type.kind]
+        return schema | {"type": kind, "minimum": self.type.least, "maximum": self.type.most}
 
 
 def as_text(value) -> str:

@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import math
 import os
+import queue
+import re
 import sys
 import threading
 import time
@@ -428,6 +430,27 @@ class Metrics:
         return "\n".join([*lines, ""])
 
 
+def gauges(server) -> dict:
+    """Returns the gauges of a server.Server and of its process."""
+    engine = server.engine
+    with engine.lock:
+        model, jobs = engine.model, list(engine.jobs)
+    numbers = {
+        "papilio_batch_capacity": engine.batch,
+        "papilio_queue_requests": len(jobs),
+        "papilio_queue_steps": sum(job.work for job in jobs),
+        "papilio_queue_capacity_steps": engine.room(server.seconds),
+        "papilio_connections": len(server.connections),
+        "papilio_worker_up": engine.alive(),
+    }
+    if server.store:
+        numbers["papilio_saved_bytes"] = server.store.bytes
+    if model:
+        key = labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
+        numbers[key] = 1
+    return numbers | process_gauges()
+
+
 def process_gauges() -> dict:
     """Returns gauges of this process: CPU time, and on Linux memory and file descriptors."""
     gauges = {"process_cpu_seconds_total": time.process_time()}
@@ -438,6 +461,32 @@ def process_gauges() -> dict:
     if torch.cuda.is_available():
         gauges["papilio_gpu_memory_bytes"] = torch.cuda.memory_allocated()
     return gauges
+
+
+LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
+
+
+def log(text: str) -> None:
+    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with suppress(queue.Full):
+        LOG.put_nowait(f"{now} {re.sub(r'[^ -~]+', ' ', text)[-1000:]}\n")
+
+
+def write_log() -> None:
+    """Writes queued lines. The server runs it in a thread of its own, because a full pipe blocks."""
+    while True:
+        line = LOG.get()
+        with suppress(OSError, ValueError):  # stderr may be closed
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        LOG.task_done()
+
+
+def wait_until_done(tasks: queue.Queue, seconds: float) -> None:
+    """Waits for `seconds` until all tasks of a queue are done."""
+    with tasks.all_tasks_done:
+        tasks.all_tasks_done.wait_for(lambda: not tasks.unfinished_tasks, seconds)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -102,13 +103,18 @@ def compile_or_continue(network: unet.UNet, call: Callable, mode: str = "default
 
 def compile_for_drawing(network: unet.UNet, batch: int) -> None:
     """Compiles a network for batches of this many images, with CUDA graphs on a GPU."""
-    device, config = network.conv_in.weight.device, network.config
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    mode = "reduce-overhead" if network.conv_in.weight.is_cuda else "default"
     with torch.inference_mode():  # tensors made outside it would trigger a recompilation
-        x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
-        t = torch.zeros(batch, dtype=torch.int64, device=device)
-        labels = t if config.num_class_embeds else None
-        compile_or_continue(network, lambda: network(x, t, labels), mode)
+        inputs = zero_inputs(network, batch)
+        compile_or_continue(network, lambda: network(*inputs), mode)
+
+
+def zero_inputs(network: unet.UNet, batch: int) -> tuple:
+    """Returns images, timesteps and labels, all zero, of the shapes that the network takes."""
+    device, config = network.conv_in.weight.device, network.config
+    x = torch.zeros(batch, config.image_channels, *config.image_size, device=device)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    return x, t, t if config.num_class_embeds else None
 
 
 # ---- model folders ---------------------------------------------------------------------------------------------------
@@ -222,6 +228,19 @@ def load(
     return replace(model, network=network, device=device, precision=precision)
 
 
+@torch.inference_mode()
+def measure_rate(model: Model, batch: int) -> float:
+    """Returns the network's predictions per second in batches of this size. Raises InputError if one is not finite."""
+    inputs, seconds = zero_inputs(model.network, batch), math.inf
+    for _ in range(3):  # the first call allocates
+        begin = time.perf_counter()
+        finite = bool(model.network(*inputs).isfinite().all())
+        seconds = min(seconds, time.perf_counter() - begin)
+    if not finite:
+        raise InputError(f"{model.folder}: the network's output is not finite")
+    return batch / seconds
+
+
 def find_model(named: Path | str | None) -> tuple[Path, str]:
     """Returns the folder of the model to use, and a text that says which it is and why.
 
@@ -315,7 +334,7 @@ class Drawing:
     noise: Callable | None = None
     drawn: Tensor | None = None  # noise of the next step, kept so that a failed step can be retried
     state: Tensor | None = None  # (1, 4, C, H, W)
-    preview: tuple | None = None  # steps made, and the estimate of x0, uint8 (C, H, W)
+    preview: tuple = 0, None  # steps made, and the estimate of x0 or the finished image, uint8 (C, H, W)
     pixels: Tensor | None = None  # uint8 (C, H, W), once finished
 
     def begin(self, model: Model, picture: Tensor | None = None) -> None:
@@ -373,10 +392,11 @@ def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: T
         pixels = data.to_uint8(state[:, ddpm.X]).cpu()
     for i, drawing in enumerate(drawings):  # nothing fails from here on: all are advanced, or none
         drawing.state, drawing.step, drawing.drawn = states[i], drawing.step + 1, None
-        if drawing.watched:
-            drawing.preview = drawing.step, previews[i]
         if drawing.step == len(drawing.table):
             drawing.pixels, drawing.state, drawing.noise = pixels[i], None, None
+            drawing.preview = drawing.step, drawing.pixels
+        elif drawing.watched:
+            drawing.preview = drawing.step, previews[i]
 
 
 # ---- what to draw ----------------------------------------------------------------------------------------------------
@@ -395,6 +415,31 @@ DRAW_FLAGS = [
          "model's scheduler_config.json)"),
     Flag("--eta", 0.0, real(0, 1), "noise added by the sampler ddim: 0 none, 1 as much as ddpm"),
 ]  # fmt: skip
+
+
+HTTP_NAMES = {"n": "n_images", "classes": "class"}  # parameters of the server whose names differ
+MAX_IMAGES = 64  # of one request to the server
+
+
+def parameters(model: Model) -> dict:
+    """Returns {name: Flag}, the parameters of the server: DRAW_FLAGS within the limits of the model."""
+    config = model.network.config
+    changes = {
+        "n": {"type": whole(1, MAX_IMAGES), "default": 1},
+        "seed": {"help": "seed of the first image; image i has seed + i (default: chosen at random)"},
+        "steps": {"type": whole(1, model.schedule.num_train_timesteps)},
+        "guidance": {"type": real(0, 20)},
+        "classes": {
+            "type": tuple(class_name(config, label) for label in range(config.class_count)),
+            "help": "class of the images (default: the classes in turn, by seed)",
+        },
+    }
+    flags = {flag.dest: replace(flag, **changes.get(flag.dest, {})) for flag in DRAW_FLAGS}
+    if config.null_label is None:
+        del flags["guidance"]
+    if not config.class_count:
+        del flags["classes"]
+    return {HTTP_NAMES.get(name, name): flag for name, flag in flags.items()}
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,18 +49,17 @@ import data
 import monitor
 import sample
 from data import Flag, InputError, real, whole
+from monitor import log
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
 MAX_TARGET = 8 * 1024  # bytes
 MAX_HEADERS = 100
 MAX_CONNECTIONS = 256  # fewer if RLIMIT_NOFILE is low
-MAX_SAVES = 100  # finished requests whose images wait to be saved
 OTHER_FILES = 64  # descriptors for everything that is not a connection
 MAX_FAILURES = 20  # calls of the network that fail in a row before the engine gives up
 LOAD = 0.6  # of the time limit: admitted jobs take at most this long in all, at the measured rate
 AGED = 0.3  # of the time limit: older jobs go first
 STUCK_SECONDS, STUCK_STEPS = 60.0, 100  # a step that takes longer, also in steps of usual length, will never end
-MAX_IMAGES = 64  # of one request
 MAX_RETRY = 120  # seconds in Retry-After
 HEAD_SECONDS = 10.0  # to receive a request
 WRITE_SECONDS = 10.0  # to send a response, plus its length / SLOWEST_READER
@@ -70,9 +69,13 @@ HEARTBEAT_SECONDS = 10.0  # between signs of life in a stream
 DRAIN_SECONDS = 6.0  # to finish admitted jobs, then at most 2 s to close: containers are killed after 10 s
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR_FIELDS = ("message", "type", "param", "code", "request_id")
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY")
+GET, POST = ("GET", "HEAD"), ("GET", "HEAD", "POST")  # methods of a route
 CLASS_NAMES = ("class", "guidance")  # parameters that not every model has
-HTTP_NAMES = {"n": "n_images", "classes": "class"}  # names of parameters that differ from fields of a DrawRequest
+
+
+# Answered under any host name, without a token. Cloud Run reserves paths that end in z.
+PROBES = ("/healthz", "/health", "/readyz", "/ready")
+GENERATING = ("/generate_sample/", "/generate_stream/")
 
 
 class Refusal(Exception):
@@ -80,7 +83,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, headers: dict | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.headers = status, message, param, headers or {}
+        self.status, self.param, self.headers = status, param, headers or {}
 
 
 # Functions, because an exception that is raised again accumulates tracebacks.
@@ -102,6 +105,8 @@ def client_errors() -> Iterator[None]:
         raise ClientLeft from error
 
 
+threading.Thread(target=monitor.write_log, daemon=True).start()
+
 # ---- reading a request -----------------------------------------------------------------------------------------------
 
 
@@ -114,18 +119,18 @@ class Request:
     headers: dict  # by lower-case name; repeated fields are joined with a comma (RFC 9110, 5.3)
 
 
-def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes:
+def read_head(connection: socket.socket) -> bytes:
     """Reads up to the first empty line, which ends the head of a request.
 
     Raises Refusal as soon as the bytes are not valid HTTP, too many or too slow, and ClientLeft if the client leaves.
     """
-    deadline, head, searched = time.monotonic() + seconds, b"", 0
+    deadline, head, searched = time.monotonic() + HEAD_SECONDS, b"", 0
     while (end := head.find(b"\r\n\r\n", searched)) < 0 and len(head) <= MAX_HEAD:
         if head and not head[:1].isalpha() or BARE_LINE_END.search(head, searched):
             raise Refusal(400, "this is not an HTTP request")
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise Refusal(408, f"the head of the request took longer than {seconds:g} seconds")
+            raise Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} seconds")
         with client_errors(), suppress(TimeoutError):
             connection.settimeout(remaining)
             part = connection.recv(65536)
@@ -140,53 +145,46 @@ def read_head(connection: socket.socket, seconds: float = HEAD_SECONDS) -> bytes
     raise Refusal(414, f"the target of the request is longer than {MAX_TARGET} bytes")
 
 
-BARE_LINE_END = re.compile(
-    rb"(?<!\r)\n|\r[^\n]"
-)  # RFC 9112, 2.2: a lone LF need not be accepted, a lone CR must not be
+# RFC 9112, 2.2: a lone LF need not be accepted, a lone CR must not be.
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"  # RFC 9110, 5.6.2
-VERSION = re.compile(rb"HTTP/\d\.\d")  # RFC 9112, 2.3
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb"{1,32}) (\S+) HTTP/(\d\.\d)")  # RFC 9112, 2.3 and 3: single spaces
 # RFC 9112, 5: no space before the colon, no folded lines; visible characters, spaces and tabs. It can match in one way
 # only, so that matching takes linear time.
 FIELD = re.compile(rb"(" + TOKEN + rb"+):([\t\x20-\x7e\x80-\xff]*)")
 CHARACTERS = r"(?:[\w.~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.3 and 3.4
-TARGET = re.compile(
-    rf"(?:http://([^/?#]*))?(/{CHARACTERS})(?:\?({CHARACTERS}))?", re.ASCII
-)  # RFC 9112, 3.2.1 and 3.2.2
+# RFC 9112, 3.2.1 and 3.2.2
+TARGET = re.compile(rf"(?:http://([^/?#]+))?(/{CHARACTERS})(?:\?({CHARACTERS}))?", re.ASCII)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.ASCII)  # RFC 3986, 3.2.2 and 3.2.3
-CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")  # RFC 9112, 6.2
+ORIGIN = re.compile(rf"https?://{HOST.pattern}", re.ASCII)  # RFC 6454, 6.2
 
 
 def parse_head(head: bytes) -> Request:
     """Parses the head of a request. Raises Refusal if it is malformed."""
-    line, *lines = head.split(b"\r\n")
-    words = line.split(b" ")  # RFC 9112, 3: single spaces
-    if len(words) != 3 or not re.fullmatch(TOKEN + rb"{1,32}", words[0]) or not VERSION.fullmatch(words[2]):
+    first, *lines = head.split(b"\r\n")
+    line = REQUEST_LINE.fullmatch(first)
+    if not line:
         raise Refusal(400, "the first line must be a method, a target and HTTP/1.1")
-    method, target, version = (word.decode("latin-1") for word in words)
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
+    method, target, version = (word.decode("latin-1") for word in line.groups())
+    if version not in ("1.0", "1.1"):
         raise Refusal(505, "only HTTP/1.1 and 1.0 are implemented")
-    if method not in METHODS:
+    if method not in (*HTTPMethod, "QUERY"):
         raise Refusal(501, "this method is not known")
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"the target of the request is longer than {MAX_TARGET} bytes")
     parts = TARGET.fullmatch(target)
     if not parts:
-        raise Refusal(
-            400,
-            "the target must be a path that begins with /; characters that URLs do not allow must be percent-encoded",
-        )
+        raise Refusal(400, "the target must be a path that begins with /, percent-encoded")
     authority, path, query = parts.groups()
     headers = parse_fields(lines)
-    check_framing(headers)
-    if version == "HTTP/1.0":
+    if version == "1.0":
         headers.setdefault("host", "unnamed")
-    named = headers.get("host", "").lower()
-    if authority is None:  # RFC 9112, 3.2.2: the authority of an absolute target replaces Host
-        authority = named
-    host = HOST.fullmatch(authority.lower())
-    if not host or not HOST.fullmatch(named):  # RFC 9112, 3.2
+    named = headers.get("host", "")
+    # RFC 9112, 3.2.2: the authority of an absolute target replaces Host, which must be valid all the same.
+    hosts = [HOST.fullmatch(name.lower()) for name in (named, authority or named)]
+    if None in hosts:
         raise Refusal(400, "there must be one Host header, with the name of this server")
-    return Request(method, path, query or "", host[1], headers)
+    return Request(method, path, query or "", hosts[1][1], headers)
 
 
 def parse_fields(lines: list[bytes]) -> dict:
@@ -205,18 +203,14 @@ def parse_fields(lines: list[bytes]) -> dict:
     return headers
 
 
-def check_framing(headers: dict) -> None:
-    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3)."""
-    both = "content-length" in headers and "transfer-encoding" in headers
-    if both or not CONTENT_LENGTH.fullmatch(headers.get("content-length", "0")):
-        raise Refusal(400, "Content-Length is malformed, or sent with Transfer-Encoding")
-
-
 def check_no_body(headers: dict) -> None:
-    """Raises Refusal for a body or an Expect header."""
+    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), a body, or an Expect header."""
+    length, encoded = headers.get("content-length", "0"), "transfer-encoding" in headers
+    if not re.fullmatch(r"[0-9]{1,19}", length) or encoded and "content-length" in headers:
+        raise Refusal(400, "Content-Length is malformed, or sent with Transfer-Encoding")
     if "expect" in headers:
         raise Refusal(417, "the Expect header is not supported")
-    if int(headers.get("content-length", 0)) or "transfer-encoding" in headers:
+    if encoded or int(length):
         raise Refusal(413, "a request must not have a body")
 
 
@@ -226,18 +220,16 @@ def parse_query(query: str, flags: dict) -> dict:
     Raises Refusal, which names the parameter.
     """
     values = {}
-    pairs = query.split("&") if query else []
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        try:
-            name, text = (urllib.parse.unquote_plus(part, errors="strict") for part in (name, text))
-        except UnicodeDecodeError as error:
-            raise Refusal(400, "the query is not UTF-8") from error
-        flag = flags.get(name)
-        if flag is None and name in CLASS_NAMES:
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
+    except ValueError as error:
+        raise Refusal(400, "the query must have the form name=value&name=value, in UTF-8") from error
+    for name, text in pairs:
+        if name in CLASS_NAMES and name not in flags:
             raise Refusal(400, f"{name} needs a model that was trained with classes and label dropout", name)
-        if flag is None:
+        if name not in flags:
             raise Refusal(400, f"unknown parameter; the known parameters are: {', '.join(flags)}")
+        flag = flags[name]
         if flag.dest in values:
             raise Refusal(400, f"{name} is given twice", name)
         try:
@@ -245,38 +237,6 @@ def parse_query(query: str, flags: dict) -> dict:
         except argparse.ArgumentTypeError as error:
             raise Refusal(400, f"{name} must be {flag.wanted}", name) from error
     return values
-
-
-def parameters(model: sample.Model) -> dict:
-    """Returns {name: Flag}, the parameters of a request: DRAW_FLAGS, within the limits of this model and server."""
-    config = model.network.config
-    changes = {
-        "n": {"type": whole(1, MAX_IMAGES), "default": 1},
-        "seed": {"help": "seed of the first image; image i has seed + i (default: chosen at random)"},
-        "steps": {"type": whole(1, model.schedule.num_train_timesteps)},
-        "guidance": {"type": real(0, 20)},
-        "classes": {
-            "type": tuple(sample.class_name(config, label) for label in range(config.class_count)),
-            "help": "class of the images (default: the classes in turn, by seed)",
-        },
-    }
-    flags = {flag.dest: replace(flag, **changes.get(flag.dest, {})) for flag in sample.DRAW_FLAGS}
-    if config.null_label is None:
-        del flags["guidance"]
-    if not config.class_count:
-        del flags["classes"]
-    return {HTTP_NAMES.get(name, name): flag for name, flag in flags.items()}
-
-
-def schema(flag: Flag) -> dict:
-    """Returns the JSON schema of a parameter, for /openapi.json."""
-    found = {"description": flag.help}
-    if flag.default is not None:
-        found["default"] = flag.default
-    if isinstance(flag.type, tuple):
-        return found | {"type": "string", "enum": list(flag.type)}
-    kind = {int: "integer", float: "number"}[flag.type.kind]
-    return found | {"type": kind, "minimum": flag.type.least, "maximum": flag.type.most}
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
@@ -287,7 +247,6 @@ class Job:
     """An admitted request for images. The engine sets `news` after each of its steps, and `done` at its end."""
 
     model: sample.Model
-    request: sample.DrawRequest
     drawings: list[sample.Drawing]
     facts: dict
     connection: socket.socket | None = None
@@ -331,9 +290,9 @@ class Engine:
         self.jobs: list[Job] = []
         self.model: sample.Model | None = None  # of new jobs
         self.rate = 100.0  # predictions a second
-        self.step_began: float | None = None  # time.monotonic() of the step that is being made
+        self.step_began = math.inf  # time.monotonic() of the step that is being made
         self.failures = 0  # in a row
-        self.max_jobs = MAX_CONNECTIONS * 7 // 8  # the other connections are for probes and refusals
+        self.max_jobs = MAX_CONNECTIONS
         self.closing = False
         self.thread = threading.Thread(target=self.loop, name="engine", daemon=True)
 
@@ -344,18 +303,9 @@ class Engine:
         """
         path, which = sample.find_model(named)
         model = sample.load(path, device, precision)
-        x = torch.zeros(self.batch, *model.shape, device=device)
-        t = torch.zeros(self.batch, dtype=torch.int64, device=device)
-        seconds = math.inf
-        with torch.inference_mode():
-            for _ in range(3):  # the first call allocates
-                begin = time.perf_counter()
-                finite = bool(model.network(x, t, t if model.network.class_embedding else None).isfinite().all())
-                seconds = min(seconds, time.perf_counter() - begin)
-        if not finite:
-            raise InputError(f"{path}: the network's output is not finite")
+        rate = sample.measure_rate(model, self.batch)
         with self.lock:
-            self.model, self.rate = model, self.batch / seconds
+            self.model, self.rate = model, rate
         self.metrics.add("papilio_model_loads_total", result="loaded")
         log(f"{which}: {model.shape[1]} px, {device.type}, {precision}, model {model.hash[:12]}")
 
@@ -401,8 +351,8 @@ class Engine:
         return {"Retry-After": str(max(1, min(seconds, MAX_RETRY)))}
 
     def too_late(self) -> Refusal:
-        text = "the images were not finished in time; request fewer, or retry later"
-        return Refusal(504, text, headers=self.retry_after(sum(job.work for job in self.jobs)))
+        headers = self.retry_after(sum(job.work for job in self.jobs))
+        return Refusal(504, "the images were not finished in time; request fewer, or retry later", headers=headers)
 
     def end(self, job: Job, error: Refusal | None = None) -> None:
         """Ends a job, which is finished unless there is an error. Its connection is no longer watched."""
@@ -428,10 +378,10 @@ class Engine:
             self.thread.join(0.5)
 
     def alive(self) -> bool:
-        """Returns whether the thread lives, and does not take far longer than usual for a step."""
-        began, limit = self.step_began, max(STUCK_SECONDS, STUCK_STEPS * self.batch / self.rate)
-        stuck = began is not None and time.monotonic() > began + limit
-        return (self.thread.is_alive() or self.thread.ident is None) and not stuck
+        """Returns False if the thread has ended, or takes far longer than usual for a step."""
+        limit = max(STUCK_SECONDS, STUCK_STEPS * self.batch / self.rate)
+        ended = self.thread.ident is not None and not self.thread.is_alive()
+        return self.closing or not ended and time.monotonic() < self.step_began + limit
 
     @torch.inference_mode()
     def loop(self) -> None:
@@ -457,8 +407,9 @@ class Engine:
         for number, _ in poll.poll(0):
             if watched[number].gone():
                 self.end(watched[number], client_left())
-        for job in [job for job in self.jobs if job.deadline < time.monotonic()]:
-            self.end(job, self.too_late())
+        for job in list(self.jobs):
+            if job.deadline < time.monotonic():
+                self.end(job, self.too_late())
 
     def choose(self) -> Members:
         """Chooses the images of the next step: of the job with the least work left, then of the next one, in order.
@@ -475,7 +426,7 @@ class Engine:
 
         for job in sorted(self.jobs, key=rank):
             for drawing in job.drawings:
-                if room > 0 and drawing.pixels is None:
+                if room > 0 and drawing.work:
                     chosen.append((job, drawing))
                     room -= 1 if self.exact else drawing.weight  # exact calls are padded anyway
         return chosen
@@ -486,7 +437,7 @@ class Engine:
         Images of one model share a call of the network; those with guidance, which need two predictions each, share
         another one.
         """
-        self.step_began, begin, cpu = time.monotonic(), time.perf_counter(), time.process_time()
+        self.step_began, cpu = time.monotonic(), time.process_time()
         groups = {}
         for job, drawing in chosen:
             groups.setdefault((job.model, drawing.weight), []).append((job, drawing))
@@ -496,7 +447,7 @@ class Engine:
             self.advance(members)
         if self.failures > MAX_FAILURES:
             raise RuntimeError("all calls of the network fail")
-        seconds = time.perf_counter() - begin
+        seconds = time.monotonic() - self.step_began
         predictions = sum(drawing.weight for _, drawing in chosen)
         full = predictions >= self.batch or predictions / seconds > self.rate  # a part of a batch is less efficient
         if full and not self.failures:
@@ -505,10 +456,10 @@ class Engine:
         self.metrics.add("papilio_steps_total", predictions)
         self.metrics.add("papilio_sampling_cpu_seconds_total", time.process_time() - cpu)
         for job in {job for job, _ in chosen}:
-            if all(drawing.pixels is not None for drawing in job.drawings):
+            if not job.work:
                 self.end(job)
             job.news.set()
-        self.step_began = None
+        self.step_began = math.inf
 
     def advance(self, members: Members) -> None:
         """Makes one step of images of one model, in one call of the network; with `exact`, in a full batch.
@@ -534,37 +485,6 @@ class Engine:
                     self.advance([(job, drawing)])
 
 
-# ---- log -------------------------------------------------------------------------------------------------------------
-
-LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
-
-
-def log(text: str) -> None:
-    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with suppress(queue.Full):
-        LOG.put_nowait(f"{now} {re.sub(r'[^ -~]+', ' ', text)[-1000:]}\n")
-
-
-def write_log() -> None:
-    """Writes queued lines: in a thread of its own, because a full pipe blocks."""
-    while True:
-        line = LOG.get()
-        with suppress(OSError, ValueError):  # stderr may be closed
-            sys.stderr.write(line)
-            sys.stderr.flush()
-        LOG.task_done()
-
-
-def wait_until_done(tasks: queue.Queue, seconds: float) -> None:
-    """Waits for `seconds` until all tasks of a queue are done."""
-    with tasks.all_tasks_done:
-        tasks.all_tasks_done.wait_for(lambda: not tasks.unfinished_tasks, seconds)
-
-
-threading.Thread(target=write_log, daemon=True).start()
-
-
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
 
 
@@ -580,20 +500,21 @@ class Handler(BaseHTTPRequestHandler):
         self.id, self.status, self.route, self.close_connection = secrets.token_hex(8), 0, "none", True
         begin = time.perf_counter()
         try:
-            try:
-                head = read_head(self.connection)
-                begin = time.perf_counter()
-                self.server.mark(self.connection, True)
-                self.answer(parse_head(head))
-            except Refusal as refusal:
-                self.refuse(refusal)
+            if self.connection not in self.server.connections:
+                self.server.metrics.add("papilio_turned_away_total")
+                raise Refusal(503, "all connections are in use", headers={"Retry-After": "5"})
+            head = read_head(self.connection)
+            begin = time.perf_counter()
+            self.server.mark(self.connection, True)
+            self.answer(parse_head(head))
+        except Refusal as refusal:
+            self.refuse(refusal)
         except ClientLeft:
             self.status = self.status or 499
         except Exception:
             log(traceback.format_exc())
             if not self.status:
-                with suppress(ClientLeft):
-                    self.refuse(Refusal(500, "this is an error in the server"))
+                self.refuse(Refusal(500, "this is an error in the server"))
         seconds = time.perf_counter() - begin
         if self.route != "none" or self.status != 499:  # a connection without a request is not logged
             self.server.metrics.observe("papilio_request_seconds", seconds, route=self.route, status=str(self.status))
@@ -622,9 +543,8 @@ class Handler(BaseHTTPRequestHandler):
         scraped = self.route == "/metrics" and re.fullmatch(r"[\d.]+|\[.*\]", request.host)  # by address: not rebound
         if not (tokens or scraped or self.server.allows(request.host)):
             raise Refusal(421, "unknown host name; allow it with --allow-host")
-        origin = re.fullmatch(r"https?://(.*)", sent.get("origin", f"http://{request.host}").lower())
-        origin_host = HOST.fullmatch(origin[1]) if origin else None
-        same = origin_host and (origin_host[1] == request.host or self.server.allows(origin_host[1]))
+        origin = ORIGIN.fullmatch(sent.get("origin", f"http://{request.host}").lower())
+        same = origin and (origin[1] == request.host or self.server.allows(origin[1]))
         opened = (sent.get("sec-fetch-mode"), sent.get("sec-fetch-dest", "document")) == ("navigate", "document")
         embedded = self.route in GENERATING and sent.get("sec-fetch-site") == "cross-site" and not opened
         if embedded or not same:
@@ -657,39 +577,42 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError(f"the header {name} has characters that a header may not have")
             self.send_header(name, value)
         with client_errors():
-            self.connection.settimeout(WRITE_SECONDS + len(body or b"") / SLOWEST_READER)
             self.end_headers()
-            if body and not self.head_only:
-                self.wfile.write(body)
+        if body and not self.head_only:
+            self.write(body)
+
+    def write(self, content: bytes) -> None:
+        """Sends bytes. Raises ClientLeft if the client does not take them in time."""
+        with client_errors():
+            self.connection.settimeout(WRITE_SECONDS + len(content) / SLOWEST_READER)
+            self.wfile.write(content)
 
     def refuse(self, refusal: Refusal) -> None:
-        self.respond(refusal.status, self.error_body(refusal), "application/json", refusal.headers)
+        with suppress(ClientLeft):
+            self.respond(refusal.status, self.error_body(refusal), "application/json", refusal.headers)
 
     def error_body(self, refusal: Refusal) -> bytes:
         kind = "server_error" if refusal.status >= 500 else "invalid_request"
         code = re.sub(r"\W", "_", HTTPStatus(refusal.status).phrase.lower())
-        error = dict(zip(ERROR_FIELDS, (refusal.message, kind, refusal.param, code, self.id), strict=True))
+        error = dict(zip(ERROR_FIELDS, (str(refusal), kind, refusal.param, code, self.id), strict=True))
         return json.dumps({"error": error}).encode() + b"\n"
 
     # -- routes
 
-    def get_health(self, request: Request) -> None:
-        """Whether the process answers and its engine is alive; if not, restart it."""
-        self.report(self.engine.alive() or self.engine.closing)
-
-    def get_ready(self, request: Request) -> None:
-        """Whether requests are taken: a model is loaded, the engine is alive, and the server is not shutting down."""
+    def get_probe(self, request: Request) -> None:
+        """Health: whether the engine makes progress; if not, restart the server. Readiness: whether it takes requests,
+        with a model loaded and not shutting down."""
         engine = self.engine
-        self.report(engine.model is not None and engine.alive() and not engine.closing)
-
-    def report(self, good: bool) -> None:
-        status, text = (200, b"ok\n") if good else (503, b"no\n")
-        self.respond(status, text, "text/plain")
+        if "ready" in self.route and engine.closing or not engine.alive():
+            raise shutting_down()
+        if "ready" in self.route:
+            self.model()
+        self.respond(200, b"ok\n", "text/plain")
 
     def get_metrics(self, request: Request) -> None:
         """Metrics in the text format of Prometheus."""
-        page = self.server.metrics.page(self.server.gauges()).encode()
-        self.respond(200, page, "text/plain; version=0.0.4; charset=utf-8")
+        page = self.server.metrics.page(monitor.gauges(self.server))
+        self.respond(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_openapi(self, request: Request) -> None:
         """This document."""
@@ -737,44 +660,28 @@ class Handler(BaseHTTPRequestHandler):
             return self.respond(200, None, "text/event-stream", headers)
         with self.submitted(job):
             self.respond(200, None, "text/event-stream", headers)
-            self.send_lines(f"retry: 600000\nid: {self.id}\n")
-            self.send("queued", {"request_id": self.id, "images": len(job.drawings), "steps": job.facts["steps"]})
-            unfinished = dict(enumerate(job.drawings))
-            while unfinished and not job.error and (remaining := job.deadline - time.monotonic()) > 0:
+            self.write(f"retry: 600000\nid: {self.id}\n".encode())
+            steps, sent = job.facts["steps"], [0] * len(job.drawings)
+            self.send("queued", {"request_id": self.id, "images": len(sent), "steps": steps})
+            while min(sent) < steps and not job.error and (remaining := job.deadline - time.monotonic()) > 0:
                 if not job.news.wait(min(remaining, HEARTBEAT_SECONDS)):
-                    self.send_lines(": still here\n\n")
+                    self.write(b": still here\n\n")
                 job.news.clear()
-                for k, drawing in list(unfinished.items()):
-                    if time.monotonic() < job.deadline and self.send_progress(job, k, drawing):
-                        del unfinished[k]
-        if not unfinished:
-            self.send("done", {"images": len(job.drawings)})
+                for k, drawing in enumerate(job.drawings):
+                    step, pixels = drawing.preview
+                    if step > sent[k] and time.monotonic() < job.deadline:
+                        content = {"image": k, "step": step, "steps": steps, **image_content(job, drawing, pixels)}
+                        self.send("image" if step == steps else "step", content)
+                        sent[k] = step
+        if min(sent) == steps:
+            self.send("done", {"images": len(sent)})
             return self.save_images(job)
         error = job.error or self.engine.too_late()
         self.status = error.status
         self.send("error", json.loads(self.error_body(error)))
 
-    def send_progress(self, job: Job, k: int, drawing: sample.Drawing) -> bool:
-        """Sends image k, or its newest preview if there is one. Returns whether the image is finished."""
-        newest, drawing.preview = drawing.preview, None
-        finished = drawing.pixels is not None
-        if finished:
-            newest = drawing.step, drawing.pixels
-        if newest is None:
-            return False
-        step, pixels = newest
-        content = {"image": k, "step": step, "steps": job.facts["steps"], **image_content(job, drawing, pixels)}
-        self.send("image" if finished else "step", content)
-        return finished
-
     def send(self, event: str, content: dict) -> None:
-        self.send_lines(f"event: {event}\ndata: {json.dumps(content)}\n\n")
-
-    def send_lines(self, text: str) -> None:
-        """Sends a part of a stream. Raises ClientLeft if the client does not take it in time."""
-        with client_errors():
-            self.connection.settimeout(WRITE_SECONDS)
-            self.wfile.write(text.encode())
+        self.write(f"event: {event}\ndata: {json.dumps(content)}\n\n".encode())
 
     # -- jobs
 
@@ -792,7 +699,7 @@ class Handler(BaseHTTPRequestHandler):
         model = self.model()
         fields = {flag.dest: flag.default for flag in sample.DRAW_FLAGS}
         fields |= {"n": 1, "seed": secrets.randbelow(2**31)}
-        wanted = sample.DrawRequest(**fields | parse_query(request.query, parameters(model)))
+        wanted = sample.DrawRequest(**fields | parse_query(request.query, sample.parameters(model)))
         try:
             with self.server.planning:
                 table = wanted.table(model.schedule)
@@ -801,7 +708,8 @@ class Handler(BaseHTTPRequestHandler):
         images = wanted.images(model.network.config)
         facts = wanted.facts(model, len(table)) | sample.grid_facts(model.network.config, images)
         drawings = [sample.Drawing(seed, label, table, wanted.guidance) for label, seed in images]
-        job = Job(model, wanted, drawings, facts, client=self.client)
+        deadline = time.monotonic() + self.server.seconds
+        job = Job(model, drawings, facts, self.connection, self.client, deadline)
         if job.work > self.server.max_cost:
             most = f"images x steps may be at most {self.server.max_cost}; guidance counts twice"
             raise Refusal(400, most, "n_images")
@@ -810,7 +718,6 @@ class Handler(BaseHTTPRequestHandler):
     @contextmanager
     def submitted(self, job: Job) -> Iterator[None]:
         """Gives the job to the engine and ends it afterwards, whatever happens."""
-        job.connection, job.deadline = self.connection, job.arrived + self.server.seconds
         self.engine.submit(job)
         try:
             yield
@@ -825,13 +732,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.store:
             images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
             try:
-                self.server.saves.put_nowait((self.id, images))
+                self.server.store.waiting.put_nowait((self.id, images))
             except queue.Full:
-                self.server.report_save([f"more than {MAX_SAVES} requests wait to be saved"], [])
+                self.server.report_save([f"more than {data.MAX_SAVES} requests wait to be saved"], [])
 
 
 def job_headers(job: Job) -> dict:
-    return {"X-Seed": str(job.request.seed), "X-Model-Hash": job.model.hash}
+    return {"X-Seed": str(job.facts["seed"]), "X-Model-Hash": job.model.hash}
 
 
 def image_facts(job: Job, drawing: sample.Drawing) -> dict:
@@ -846,49 +753,33 @@ def image_content(job: Job, drawing: sample.Drawing, pixels: Tensor) -> dict:
     return {"seed": drawing.seed, "png": base64.b64encode(picture).decode()}
 
 
-GET, POST = ("GET", "HEAD"), ("GET", "HEAD", "POST")
 # path: (method of Handler, HTTP methods, media type); the docstring of the method describes the route in /openapi.json
 ROUTES = {
     "/generate_sample/": (Handler.get_sample, POST, "image/png"),
     "/generate_stream/": (Handler.get_stream, GET, "text/event-stream"),
     "/openapi.json": (Handler.get_openapi, GET, "application/json"),
     "/metrics": (Handler.get_metrics, GET, "text/plain"),
-    "/healthz": (Handler.get_health, GET, "text/plain"),
-    "/health": (Handler.get_health, GET, "text/plain"),
-    "/readyz": (Handler.get_ready, GET, "text/plain"),
-    "/ready": (Handler.get_ready, GET, "text/plain"),
+    **dict.fromkeys(PROBES, (Handler.get_probe, GET, "text/plain")),
 }
-GENERATING = ("/generate_sample/", "/generate_stream/")
-PROBES = ("/healthz", "/health", "/readyz", "/ready")  # answered under any host name, without a token
 
 
 def openapi(model: sample.Model) -> dict:
     """Returns the OpenAPI document, from the tables of routes and parameters."""
-    query = [{"name": name, "in": "query", "schema": schema(flag)} for name, flag in parameters(model).items()]
+    query = [{"name": name, "in": "query", "schema": flag.schema()} for name, flag in sample.parameters(model).items()]
     properties = dict.fromkeys(ERROR_FIELDS, {"type": ["string", "null"]})
-    error = {"type": "object", "required": list(ERROR_FIELDS), "properties": properties}
-    error = {"schema": {"type": "object", "required": ["error"], "properties": {"error": error}}}
+    error = {"type": "object", "properties": {"error": {"type": "object", "properties": properties}}}
     paths = {}
     for path, (respond, methods, kind) in ROUTES.items():
-        responses = {
-            "200": {"description": "success", "content": {kind: {}}},
-            "default": {"description": "an error", "content": {"application/json": error, "text/plain": {}}},
+        operation = {
+            "summary": " ".join((respond.__doc__ or "").split()),
+            "parameters": query if path in GENERATING else [],
+            "responses": {
+                "200": {"description": "success", "content": {kind: {}}},
+                "default": {"description": "an error", "content": {"application/json": {"schema": error}}},
+            },
         }
-        operation = {"summary": " ".join((respond.__doc__ or "").split()), "responses": responses}
-        if path in GENERATING:
-            responses["304"] = {"description": "the client has this picture already"}
-            operation["parameters"] = query
-        paths[path] = {"get": operation}
-        if "POST" in methods:
-            paths[path]["post"] = operation
+        paths[path] = {method.lower(): operation for method in methods if method != "HEAD"}
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
-
-
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-    b'{"error": {"message": "all connections are in use", "type": "server_error", "param": null, "code": '
-    b'"service_unavailable", "request_id": null}}\n'
-)
 
 
 class Server(ThreadingHTTPServer):
@@ -901,22 +792,21 @@ class Server(ThreadingHTTPServer):
     max_cost  image-steps that a request may ask for
     """
 
-    daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
+    request_queue_size = 128
 
     def __init__(self, address, engine: Engine, *, hosts=(), tokens=(), store=None, seconds=120.0, max_cost=6400):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.hosts = {*LOOPBACK, *(host_name(name) for name in (address[0], *hosts))}
+        self.hosts = {*LOOPBACK, *map(host_name, (address[0], *hosts))}
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
         # Half of the descriptors, because as many rejected connections may still be closing.
         self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
-        engine.max_jobs = self.max_connections * 7 // 8
+        engine.max_jobs = self.max_connections * 7 // 8  # the others are for probes and refusals
         self.planning = threading.Lock()  # one at a time, so that handlers leave the interpreter to the engine
-        self.saves: queue.Queue = queue.Queue(MAX_SAVES)  # (request id, images with facts)
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         if store:
-            threading.Thread(target=self.save_loop, name="saves", daemon=True).start()
+            threading.Thread(target=store.save_waiting, args=(self.report_save,), name="saves", daemon=True).start()
         with data.disk_errors(f"listen on {address[0]} port {address[1]}", "choose another --host or --port"):
             super().__init__(address, Handler)
 
@@ -938,14 +828,8 @@ class Server(ThreadingHTTPServer):
                     idle.shutdown(socket.SHUT_RDWR)
             if not full or idle:
                 self.connections[connection] = False
-        if not full or idle:
-            return super().process_request(connection, address)
-        self.metrics.add("papilio_turned_away_total")
-        with suppress(OSError):
-            connection.setblocking(False)
-            connection.send(BUSY)
-        if threading.active_count() < 2 * self.max_connections + OTHER_FILES // 2:
-            threading.Thread(target=self.shutdown_request, args=(connection,), daemon=True).start()
+        if not full or idle or threading.active_count() < 2 * self.max_connections + OTHER_FILES // 2:
+            super().process_request(connection, address)
         else:
             connection.close()
 
@@ -969,12 +853,6 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.connections.pop(connection, None)
 
-    def save_loop(self) -> None:
-        """Saves queued images, in a thread of its own: neither responses nor connections wait for the disk."""
-        while True:
-            self.report_save(*self.store.save(*self.saves.get()))
-            self.saves.task_done()
-
     def report_save(self, errors: list, deleted: list) -> None:
         for error in errors:
             self.metrics.add("papilio_save_errors_total")
@@ -987,27 +865,6 @@ class Server(ThreadingHTTPServer):
         log(traceback.format_exc())
 
     # -- what handlers and main ask for
-
-    def gauges(self) -> dict:
-        engine = self.engine
-        with engine.lock:
-            model, jobs = engine.model, list(engine.jobs)
-            numbers = {
-                "papilio_batch_capacity": engine.batch,
-                "papilio_queue_requests": len(jobs),
-                "papilio_queue_steps": sum(job.work for job in jobs),
-                "papilio_queue_capacity_steps": engine.room(self.seconds),
-                "papilio_connections": len(self.connections),
-                "papilio_worker_up": engine.alive(),
-            }
-        if self.store:
-            numbers["papilio_saved_bytes"] = self.store.bytes
-        if model:
-            key = monitor.labelled(
-                "papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision
-            )
-            numbers[key] = 1
-        return numbers | monitor.process_gauges()
 
     def allows(self, host: str) -> bool:
         """Returns whether the server answers to a host name: one of its hosts, which may be * or *.example.org."""
@@ -1028,7 +885,8 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         with self.lock:
             self.lock.wait_for(lambda: not any(self.connections.values()), max(1, end - time.monotonic()))
-        wait_until_done(self.saves, 1)
+        if self.store:
+            monitor.wait_until_done(self.store.waiting, 1)
         self.server_close()
 
 
@@ -1102,10 +960,10 @@ def serve(args: argparse.Namespace) -> int:
     if sys.platform == "win32":
         raise InputError("the server needs Linux or macOS; on Windows run it in WSL or a container")
     tokens = read_tokens(args.token_file)
-    device, metrics = sample.choose_device(args.device), monitor.Metrics()
+    device = sample.choose_device(args.device)
     source = args.model, device, sample.choose_precision(device, args.precision)
     store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
-    engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), metrics)
+    engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), monitor.Metrics())
     server = Server(
         (args.host, args.port),
         engine,
@@ -1115,45 +973,38 @@ def serve(args: argparse.Namespace) -> int:
         seconds=args.timeout,
         max_cost=args.max_cost,
     )
-    signals, handlers = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
+    signals, endings = [], {signal.SIGTERM, signal.SIGINT}
+    handlers = {number: signal.getsignal(number) for number in (*endings, signal.SIGHUP)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: signals.append(number))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    loading = engine.loader.submit(engine.load, *source)
-    try:
-        if wait_for(loading.done, signals):
-            loading.result()
-            engine.thread.start()
-            if args.host not in (*LOOPBACK, "::1") and not tokens:
-                log("WARNING: anyone who reaches this address may use it; --token-file asks for a token")
-            log(f"listening on http://{host_name(server.server_address[0])}:{server.server_address[1]}")
-    except InputError:
-        server.drain()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        raise
-    while wait_for(lambda: signal.SIGHUP in signals, signals, engine.alive):
-        signals.remove(signal.SIGHUP)
-        engine.loader.submit(engine.reload, *source)
-        server.reload_tokens(args.token_file)
-    log("shutting down")
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second signal exits at once
-        signal.signal(number, signal.SIG_DFL)
-    healthy = engine.alive()
-    server.drain()
-    if not healthy:
-        log("the engine makes no progress: leaving, so that a supervisor starts the server again")
-    wait_until_done(LOG, 1)
-    os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line
 
+    def begin() -> None:
+        engine.load(*source)
+        engine.thread.start()
+        if host_name(args.host) not in LOOPBACK and not tokens:
+            log("WARNING: anyone who reaches this address may use it; --token-file asks for a token")
+        log(f"listening on http://{host_name(server.server_address[0])}:{server.server_address[1]}")
 
-def wait_for(condition: Callable, signals: list, healthy: Callable = lambda: True) -> bool:
-    """Waits for a condition. Returns False if SIGTERM or SIGINT arrives before, or the engine is not healthy."""
-    while not condition():
-        if {signal.SIGTERM, signal.SIGINT} & set(signals) or not healthy():
-            return False
+    beginning = engine.loader.submit(begin)
+    while engine.alive() and not endings & set(signals):
         time.sleep(0.1)  # polled: a signal delivered to another thread would not interrupt a longer wait
-    return True
+        if beginning.done() and beginning.exception():
+            server.drain()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            raise beginning.exception()
+        if signal.SIGHUP in signals:
+            signals.remove(signal.SIGHUP)
+            engine.loader.submit(engine.reload, *source)
+            server.reload_tokens(args.token_file)
+    healthy = engine.alive()
+    log("shutting down" if healthy else "the engine makes no progress: leaving with an error")
+    for number in endings:  # a second signal exits at once
+        signal.signal(number, signal.SIG_DFL)
+    server.drain()
+    monitor.wait_until_done(monitor.LOG, 1)
+    os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

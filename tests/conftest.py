@@ -1,5 +1,6 @@
 """What several test files share: a dataset of shapes, a tiny trained run, and a cache of their own."""
 
+import functools
 import os
 import signal
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 import ddpm
 import train
+import unet
 from tests.shapes import make_shapes
 
 torch.set_num_threads(1)  # networks this small gain nothing from a second thread, and spin in it
@@ -55,6 +57,12 @@ def signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once():
+    """Counting the operations of a network takes longer than a step of it, and most runs here have the same one."""
+    unet.flops = functools.cache(unet.flops)
 
 
 @pytest.fixture

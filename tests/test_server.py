@@ -360,7 +360,7 @@ def test_a_head_in_drips_is_read_and_one_too_slow_is_not(served, monkeypatch):
     with nothing_left(served):
         request = head("/healthz")
         assert send(served, *(request[i : i + 1] for i in range(len(request))))[0] == 200
-    monkeypatch.setattr(server.read_head, "__defaults__", (0.3,))
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     with nothing_left(served):
         assert send(served, b"GET /heal")[0] == 408  # and then nothing
         with connect(served) as dripping, suppress(BrokenPipeError, ConnectionResetError):
@@ -580,7 +580,7 @@ class World:
         """Submits a request of this moment. Returns None if it is refused."""
         drawings = [sample.Drawing(i, None, range(steps)) for i in range(images)]
         deadline = self.now + self.seconds
-        job = server.Job(None, request(), drawings, {}, client=client, deadline=deadline, arrived=self.now)
+        job = server.Job(None, drawings, {}, client=client, deadline=deadline, arrived=self.now)
         try:
             self.engine.submit(job)
         except server.Refusal as refusal:
@@ -785,9 +785,8 @@ def test_a_client_that_leaves_costs_one_more_step_and_disturbs_nobody(folder, tm
 
 
 def job_of(model, images: int, steps: int, seed=0, guidance=1.0) -> server.Job:
-    wanted = request(n=images, seed=seed, guidance=guidance)
     table = ddpm.sampler_table(model.schedule, steps=steps)
-    return server.Job(model, wanted, [sample.Drawing(seed + i, 0, table, guidance) for i in range(images)], {})
+    return server.Job(model, [sample.Drawing(seed + i, 0, table, guidance) for i in range(images)], {})
 
 
 def test_guided_requests_take_two_places(folder):
@@ -1279,7 +1278,7 @@ def test_what_cannot_be_deleted_stops_no_saving(tmp_path, monkeypatch):
 def test_a_slow_disk_holds_up_nobody(folder, tmp_path, monkeypatch):
     """More requests than connections and than may wait to be saved: all are answered; what is lost is counted."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
-    monkeypatch.setattr(server, "MAX_SAVES", 5)
+    monkeypatch.setattr(data, "MAX_SAVES", 5)
     store, released = data.ServedImages(tmp_path, 10**7), threading.Event()
     save = store.save
     monkeypatch.setattr(store, "save", lambda *given: released.wait(20) and save(*given))
@@ -1420,7 +1419,7 @@ def test_a_model_without_classes_has_no_such_parameters(tmp_path):
 def test_schemathesis_finds_nothing(served, monkeypatch, tmp_path):
     """Generated from the document: good and bad requests, at least 40 of each route."""
     monkeypatch.setattr(served, "max_cost", 10**9)
-    monkeypatch.setattr(server, "MAX_IMAGES", 4)
+    monkeypatch.setattr(sample, "MAX_IMAGES", 4)
     table = ddpm.sampler_table
 
     def two_steps(schedule, sampler, steps, spacing, eta):  # no schema can say that eta needs ddim
