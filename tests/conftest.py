@@ -15,7 +15,7 @@ from tests.shapes import make_shapes
 
 torch.set_num_threads(1)  # networks this small gain nothing from a second thread, and spin in it
 
-SIZES = ["--size", "16", "--channels", "16,32", "--attention", "8", "--head-dim", "16", "--batch-size", "8"]
+SIZES = ["--size", "16", "--channels", "8,16", "--attention", "8", "--head-dim", "8", "--batch-size", "8"]
 TINY = [*SIZES, "--warmup", "2", "--precision", "fp32"]
 OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--save-every", "4"]
 

@@ -255,11 +255,11 @@ def test_bf16_differs_between_batch_sizes_by_little(folder):
 
 
 def test_bf16_images_of_the_default_model_are_near_float32s():
-    """Four of its images as sample.py draws them, packed convolutions and all: near the plain path's."""
+    """Two of its images as sample.py draws them, packed convolutions and all: near the plain path's."""
     sets = []
     for precision in ("fp32", "bf16"):
         model = sample.load(sample.DEFAULT_MODEL, precision=precision, packed=precision == "bf16")
-        sets.append(sample.draw(model, range(4), ddpm.sampler_table(model.schedule), range(4)).float())
+        sets.append(sample.draw(model, range(2), ddpm.sampler_table(model.schedule), range(2)).float())
     difference = (sets[0] - sets[1]).abs()
     print("bf16 against fp32: RMS", difference.square().mean().sqrt(), "largest", difference.max())
     assert difference.square().mean().sqrt() <= 1.5 and difference.quantile(0.999) <= 16
@@ -926,13 +926,13 @@ def test_threads_follow_a_containers_share(text, expected, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("precision, levels", [("fp32", 1), ("bf16", 8)])
+@pytest.mark.parametrize("precision, levels", [("fp32", 1), ("bf16", 8)][: 1 + sample.has_bf16(torch.device("cpu"))])
 def test_compiled_draws_what_eager_draws(tmp_path, monkeypatch, shared_folder, precision, levels):
     cache = shared_folder / "compiled"  # PyTorch's headers are compiled into it once
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     before = set(cache.rglob("*.so"))
-    one_level = {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",)}
-    path = make_model(tmp_path / "m", **one_level, up_block_types=("AttnUpBlock2D",))
+    one_level = {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",), "mid_block_type": None}
+    path = make_model(tmp_path / "m", **one_level, up_block_types=("UpBlock2D",))
     model = sample.load(path, precision=precision)
     table = ddpm.sampler_table(model.schedule, steps=6)
     eager = sample.draw(model, range(3), table).int()

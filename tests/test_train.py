@@ -142,7 +142,7 @@ def test_one_batch_is_overfitted(tmp_path):
     rare = {"eval_every": 1000, "preview_every": 1000, "save_every": 1000}
     flags = [text for name, value in (recipe | rare).items() for text in (f"--{name.replace('_', '-')}", str(value))]
     where = ["--data", str(shapes), "--out", str(tmp_path / "run"), "--steps", "200", "--no-flips"]
-    assert train.main([*where, *TINY, *flags]) == 0
+    assert train.main([*where, *TINY, *flags, "--channels", "16,32", "--head-dim", "16"]) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert len(losses) == 20
     assert losses[0] > 0.4 and np.mean(losses[-3:]) < 0.25 * losses[0]
@@ -307,13 +307,15 @@ def test_held_out_loss_is_of_the_average(tmp_path, monkeypatch, fit):
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory, shapes):
-    """Three steps of each optimizer on two processes, Muon's updates not rounded to bfloat16: folder, flags."""
+    """Three steps of each optimizer on two processes, Muon's updates not rounded to bfloat16, and one on the data that
+    `auto` finds (the hub is a closed port): folder, flags, what was printed."""
     folder = tmp_path_factory.mktemp("two")
     flags = ["--data", shapes, "--steps", 3, *TINY, "--log-every", 1, "--eval-every", 3]
     runs = [[*flags, "--optimizer", name, "--out", folder / name] for name in ("adamw", "muon")]
-    made = in_two_processes(folder, *runs, patch="sample.has_bf16 = lambda device: False")
+    runs.append(["--out", folder / "auto", "--steps", 1, *TINY])
+    made = in_two_processes(folder, *runs, patch="sample.has_bf16 = lambda device: False; butterflies.COUNT = 20")
     assert made.returncode == 0, made.stderr
-    return folder, [str(flag) for flag in flags]
+    return folder, [str(flag) for flag in flags], made.stdout
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -321,7 +323,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path, monkeypatch, by_two, opti
     """Gradients to float32 rounding: the norms of the first step, and the weights after three of them. Muon's updates
     are not rounded to bfloat16 here."""
     monkeypatch.setattr(sample, "has_bf16", lambda device: False)
-    folder, flags = by_two
+    folder, flags, _ = by_two
     for name, more in (("one", []), ("parts", ["--accumulate", "4"])):
         assert train.main([*flags, "--optimizer", optimizer, *more, "--out", str(tmp_path / name)]) == 0
     runs = tmp_path / "one", folder / optimizer, tmp_path / "parts"
@@ -346,12 +348,11 @@ def test_two_processes_and_data_that_cannot_be_read(tmp_path):
     assert "Traceback" not in made.stderr and not (tmp_path / "run").exists()
 
 
-def test_two_processes_take_what_auto_found(tmp_path):
-    """The first one asks and draws; the others are told. (The hub is a closed port.)"""
-    made = in_two_processes(tmp_path, ["--out", tmp_path / "run", "--steps", 1, *TINY], patch="butterflies.COUNT = 20")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.count("data: SYNTHETIC BUTTERFLIES") == 1
-    assert data.read_json(tmp_path / "run/config.json")["settings"]["data"] == "synthetic:20"
+def test_two_processes_take_what_auto_found(by_two):
+    """The first one asks and draws; the others are told."""
+    folder, _, said = by_two
+    assert said.count("data: SYNTHETIC BUTTERFLIES") == 1
+    assert data.read_json(folder / "auto/config.json")["settings"]["data"] == "synthetic:20"
 
 
 def test_two_processes_stop_together_and_resume(tmp_path, shapes):
@@ -416,13 +417,13 @@ def test_crashed_and_resumed(tmp_path, monkeypatch, fit, trained, step):
 
 
 def test_killed_and_resumed(tmp_path, shapes):
-    flags = ["--data", shapes, "--steps", 28, *TINY, *OFTEN]
+    flags = ["--data", shapes, "--steps", 20, *TINY, *OFTEN]
     running = subprocess.Popen(command(*flags, "--out", tmp_path / "killed"), env=environment())
     wait_for_step(running, tmp_path / "killed", 9)
     running.kill()
     running.wait(timeout=120)
     assert train.main([*map(str, flags), "--out", str(tmp_path / "whole")]) == 0
-    assert running.returncode == -signal.SIGKILL and train.load_checkpoint(tmp_path / "killed")["step"] < 28
+    assert running.returncode == -signal.SIGKILL and train.load_checkpoint(tmp_path / "killed")["step"] < 20
     assert train.main(["--resume", str(tmp_path / "killed")]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -568,10 +569,10 @@ def test_saving_replaces_only_the_weights(tmp_path, monkeypatch, fit):
 
 def test_full_disk_keeps_what_was_saved(tmp_path, monkeypatch, capsys, fit, trained):
     class Full:
-        """Takes a megabyte, then the disk is full."""
+        """Takes 200 kB, then the disk is full."""
 
         def __init__(self, file):
-            self.file, self.left = file, 10**6 if "00000008" in file.name else 10**12
+            self.file, self.left = file, 200_000 if "00000008" in file.name else 10**12
 
         def write(self, content):
             self.left -= len(content)
@@ -729,14 +730,16 @@ def test_the_device_decides_and_says_so(tmp_path, capsys, shapes, monkeypatch):
     assert "nano: 32 px, 2,736,099 parameters, 0.76 GFLOP an image" in said and "about 0:00:0" in said
 
 
-def test_without_a_compiler_training_goes_on_eager(tmp_path, shapes):
+def test_without_a_compiler_training_goes_on_eager(tmp_path, monkeypatch, capsys, shapes):
     """torch.compile for a CPU needs a C++ compiler; with none there is one line, and the same weights as without."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
     small = ["--channels", "8", "--attention", "", "--head-dim", "8"]
-    flags = ["--data", shapes, "--steps", 2, *TINY, *small, "--out"]
-    broken = environment() | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    made = subprocess.run(command(*flags, tmp_path / "a", "--compile"), env=broken, capture_output=True, text=True)
-    assert made.returncode == 0 and made.stdout.count("torch.compile does not work here") == 1, made.stderr
-    assert train.main([*map(str, flags), str(tmp_path / "b")]) == 0
+    flags = ["--data", str(shapes), "--steps", "2", *TINY, *small, "--out"]
+    assert train.main([*flags, str(tmp_path / "a"), "--compile"]) == 0
+    assert capsys.readouterr().out.count("torch.compile does not work here") == 1
+    torch._dynamo.reset()
+    assert train.main([*flags, str(tmp_path / "b")]) == 0
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
