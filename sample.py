@@ -558,7 +558,7 @@ SAMPLE_FLAGS = {
              {"dest": "picture"}),
         Flag("--strength", None, real(0.001, 1), "noise added to --from, 1: pure noise (default: 0.6; 1 with --mask)"),
         Flag("--mask", None, Path, "inpaint --from where this mask is white (128 and above), and keep the rest; it "
-             "has the size of --from"),
+             "must have the size of --from"),
         Flag("--walk", None, whole(0), "interpolate from seed A to seed B in n images",
              {"nargs": 2, "metavar": ("A", "B")}),
     ],
@@ -574,7 +574,7 @@ SAMPLE_FLAGS = {
         Flag("--batch-size", None, whole(1, 65536), "images per call of the network (default: 8)"),
         Flag("--compile", None, bool, "torch.compile the network: takes minutes the first time, then seconds; slower "
              "than eager mode on a CPU in bf16"),
-        Flag("--exact", None, bool, f"images bit-identical in any batch: batches are padded to {EXACT_BATCH}"),
+        Flag("--exact", None, bool, f"images bit-identical in any batch: each batch is padded to {EXACT_BATCH} images"),
     ],
 }  # fmt: skip
 

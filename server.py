@@ -58,13 +58,13 @@ MAX_CONNECTIONS = 256  # fewer if RLIMIT_NOFILE is low
 OTHER_FILES = 64  # descriptors for everything that is not a connection
 MAX_FAILURES = 20  # calls of the network that fail in a row before the engine gives up
 LOAD = 0.6  # of the time limit: admitted jobs take at most this long in all, at the measured rate
-AGED = 0.3  # of the time limit: older jobs go first
-STUCK_SECONDS, STUCK_STEPS = 60.0, 100  # a step that takes longer, also in steps of usual length, will never end
+AGED = 0.3  # of the time limit: jobs older than this go first
+STUCK_SECONDS, STUCK_STEPS = 60.0, 100  # a step longer than this and than so many usual steps will never end
 MAX_RETRY = 120  # seconds in Retry-After
 HEAD_SECONDS = 10.0  # to receive a request
 WRITE_SECONDS = 10.0  # to send a response, plus its length / SLOWEST_READER
 SLOWEST_READER = 64 * 1024  # bytes a second
-LINGER_SECONDS = 2.0  # to read what a client still sends after its response
+LINGER_SECONDS = 2.0  # to read what a client still sends after the response
 HEARTBEAT_SECONDS = 10.0  # between signs of life in a stream
 DRAIN_SECONDS = 6.0  # to finish admitted jobs, then at most 2 s to close: containers are killed after 10 s
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -177,9 +177,7 @@ def parse_head(head: bytes) -> Request:
         raise Refusal(400, "the target must be a path that begins with /, percent-encoded")
     authority, path, query = parts.groups()
     headers = parse_fields(lines)
-    if version == "1.0":
-        headers.setdefault("host", "unnamed")
-    named = headers.get("host", "")
+    named = headers.get("host", "unnamed" if version == "1.0" else "")
     # RFC 9112, 3.2.2: the authority of an absolute target replaces Host, which must be valid all the same.
     hosts = [HOST.fullmatch(name.lower()) for name in (named, authority or named)]
     if None in hosts:
@@ -217,7 +215,7 @@ def check_no_body(headers: dict) -> None:
 def parse_query(query: str, flags: dict) -> dict:
     """Parses a query, whose parameters are the keys of `flags`. Returns {field of a DrawRequest: value}.
 
-    Raises Refusal, which names the parameter.
+    Raises Refusal.
     """
     values = {}
     try:
@@ -244,7 +242,7 @@ def parse_query(query: str, flags: dict) -> dict:
 
 @dataclass(eq=False)
 class Job:
-    """An admitted request for images. The engine sets `news` after each of its steps, and `done` at its end."""
+    """An admitted request for images. The engine sets `news` after each step of it, and `done` at its end."""
 
     model: sample.Model
     drawings: list[sample.Drawing]
@@ -252,6 +250,7 @@ class Job:
     connection: socket.socket | None = None
     client: bytes | str = ""  # its token, or else its address
     deadline: float = math.inf  # of time.monotonic()
+    repeatable: bool = False  # the seed was given
     arrived: float = field(default_factory=time.monotonic)
     drained: int = 0  # bytes that the client sent after the request
     error: Refusal | None = None
@@ -293,7 +292,7 @@ class Engine:
         self.step_began = math.inf  # time.monotonic() of the step that is being made
         self.failures = 0  # in a row
         self.max_jobs = MAX_CONNECTIONS
-        self.closing = False
+        self.closing = self.failed = False
         self.thread = threading.Thread(target=self.loop, name="engine", daemon=True)
 
     def load(self, named: Path | None, device: torch.device, precision: str) -> None:
@@ -317,15 +316,15 @@ class Engine:
             self.metrics.add("papilio_model_loads_total", result="refused")
             log(f"the model was not loaded, the current one stays: {error}")
 
-    def room(self, seconds: float) -> float:
-        """Returns how much work is admitted: what takes LOAD of a time limit at the measured rate, up to `capacity`."""
-        return min(self.capacity, LOAD * self.rate * seconds)
+    def room(self, seconds: float) -> int:
+        """Returns how much work is admitted: as much as LOAD * seconds allow at the measured rate, up to `capacity`."""
+        return int(min(self.capacity, LOAD * self.rate * seconds))
 
     def submit(self, job: Job) -> None:
         """Admits a job, or raises Refusal: 503 while shutting down, 429 with Retry-After if the queue is full.
 
-        A client may fill half of the room, and counts for no more than half. A job that finds the queue empty is always
-        admitted.
+        A client with queued jobs may use half of the room. When others ask, its work counts as at most half. A job that
+        finds the queue empty is always admitted.
         """
         with self.lock:
             if self.closing or not self.alive():
@@ -333,12 +332,12 @@ class Engine:
             room = self.room(job.deadline - job.arrived)
             used = Counter()  # of the room, by each client
             for other in [*self.jobs, job]:
-                used[other.client] += max(other.work, room / self.max_jobs)
+                used[other.client] += max(other.work, room // self.max_jobs)
             own = used.pop(job.client)
             excess = own + sum(min(work, room / 2) for work in used.values()) - room
             if any(other.client == job.client for other in self.jobs):
                 excess = max(excess, own - room / 2)
-            if len(job.drawings[0].table) * self.batch > room / 2:  # too many steps to be in time beside others
+            if len(job.drawings[0].table) * self.batch > room / 2:  # needs an empty queue to be in time
                 excess = sum(other.work for other in self.jobs)
             if self.jobs and excess > 0:
                 raise Refusal(429, "the queue is full; retry later", headers=self.retry_after(excess))
@@ -374,14 +373,13 @@ class Engine:
             self.lock.wait_for(lambda: not self.jobs, seconds)
             for job in list(self.jobs):
                 self.end(job, shutting_down())
-        if self.thread.ident:  # do not exit in the middle of a step
+        if self.thread.is_alive():  # do not exit in the middle of a step
             self.thread.join(0.5)
 
     def alive(self) -> bool:
-        """Returns False if the thread has ended, or takes far longer than usual for a step."""
+        """Returns False if the thread has failed, or takes far longer than usual for a step."""
         limit = max(STUCK_SECONDS, STUCK_STEPS * self.batch / self.rate)
-        ended = self.thread.ident is not None and not self.thread.is_alive()
-        return self.closing or not ended and time.monotonic() < self.step_began + limit
+        return not self.failed and time.monotonic() < self.step_began + limit
 
     @torch.inference_mode()
     def loop(self) -> None:
@@ -394,13 +392,17 @@ class Engine:
                 if chosen:
                     self.step(chosen)
         except Exception:
+            self.failed = True
             log(traceback.format_exc())
         finally:
             for job in list(self.jobs):
                 self.end(job, drawing_failed())
 
     def drop(self) -> None:
-        """Ends jobs that are late or whose client has left. The caller holds the lock: connections stay open."""
+        """Ends jobs that are late or whose client has left.
+
+        The caller holds the lock, so that no handler closes a connection meanwhile.
+        """
         poll, watched = select.poll(), {job.connection.fileno(): job for job in self.jobs if job.connection}
         for number in watched:
             poll.register(number, select.POLLIN)
@@ -414,8 +416,8 @@ class Engine:
     def choose(self) -> Members:
         """Chooses the images of the next step: of the job with the least work left, then of the next one, in order.
 
-        Jobs older than AGED that can still be in time go first, the oldest one at the head. What was admitted before
-        takes at most LOAD of the time limit, so none is late.
+        Jobs older than AGED that can still be in time go first, the oldest one at the head. Work admitted before a job
+        takes at most LOAD of its time limit, so no job is late.
         """
         now, room, chosen = time.monotonic(), self.batch, []
 
@@ -490,19 +492,16 @@ class Engine:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = request_version = "HTTP/1.1"
-    requestline, disable_nagle_algorithm, server_version, sys_version, head_only = "", True, "papilio", "", False
+    disable_nagle_algorithm, server_version, sys_version, head_only = True, "papilio", "", False
     server: "Server"
 
-    def log_message(self, *_) -> None:
+    def log_request(self, *_) -> None:
         """Disables the log of http.server."""
 
     def handle(self) -> None:
         self.id, self.status, self.route, self.close_connection = secrets.token_hex(8), 0, "none", True
         begin = time.perf_counter()
         try:
-            if self.connection not in self.server.connections:
-                self.server.metrics.add("papilio_turned_away_total")
-                raise Refusal(503, "all connections are in use", headers={"Retry-After": "5"})
             head = read_head(self.connection)
             begin = time.perf_counter()
             self.server.mark(self.connection, True)
@@ -540,7 +539,9 @@ class Handler(BaseHTTPRequestHandler):
     def check_access(self, request: Request) -> None:
         """Raises Refusal for foreign host names (DNS rebinding), pages of other sites (CSRF) and a missing token."""
         tokens, sent = self.server.tokens, request.headers
-        scraped = self.route == "/metrics" and re.fullmatch(r"[\d.]+|\[.*\]", request.host)  # by address: not rebound
+        scraped = self.route == "/metrics" and re.fullmatch(
+            r"[\d.]+|\[.*\]", request.host
+        )  # addresses cannot be rebound
         if not (tokens or scraped or self.server.allows(request.host)):
             raise Refusal(421, "unknown host name; allow it with --allow-host")
         origin = ORIGIN.fullmatch(sent.get("origin", f"http://{request.host}").lower())
@@ -558,7 +559,10 @@ class Handler(BaseHTTPRequestHandler):
         self.client = given if tokens else self.client_address[0]
 
     def respond(self, status: int, body: bytes | None, kind: str, headers: dict | None = None) -> None:
-        """Sends a response; without a body only its head. Raises ClientLeft if the client does not take it in time."""
+        """Sends a response, or only its head if there is no body.
+
+        Raises ClientLeft if the client does not take it in time.
+        """
         self.status = status
         self.send_response(status)
         fields = {
@@ -577,6 +581,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError(f"the header {name} has characters that a header may not have")
             self.send_header(name, value)
         with client_errors():
+            self.connection.settimeout(WRITE_SECONDS)
             self.end_headers()
         if body and not self.head_only:
             self.write(body)
@@ -600,19 +605,18 @@ class Handler(BaseHTTPRequestHandler):
     # -- routes
 
     def get_probe(self, request: Request) -> None:
-        """Health: whether the engine makes progress; if not, restart the server. Readiness: whether it takes requests,
-        with a model loaded and not shutting down."""
-        engine = self.engine
-        if "ready" in self.route and engine.closing or not engine.alive():
-            raise shutting_down()
+        """Health: whether the engine makes progress; if not, restart the server. Readiness: whether a model
+        is loaded and the server is not shutting down."""
         if "ready" in self.route:
             self.model()
+        if not self.engine.alive() or self.engine.closing and "ready" in self.route:
+            raise shutting_down()
         self.respond(200, b"ok\n", "text/plain")
 
     def get_metrics(self, request: Request) -> None:
         """Metrics in the text format of Prometheus."""
-        page = self.server.metrics.page(monitor.gauges(self.server))
-        self.respond(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        page = self.server.metrics.page(monitor.gauges(self.server)).encode()
+        self.respond(200, page, "text/plain; version=0.0.4; charset=utf-8")
 
     def get_openapi(self, request: Request) -> None:
         """This document."""
@@ -624,9 +628,7 @@ class Handler(BaseHTTPRequestHandler):
         job = self.new_job(request)
         as_json = request.method == "POST" and "application/json" in request.headers.get("accept", "")
         headers = job_headers(job)
-        if request.method != "POST" and "seed" in urllib.parse.parse_qs(
-            request.query
-        ):  # the same request gives the same picture
+        if job.repeatable and request.method != "POST":  # the same request gives the same picture
             tag = f'"{hashlib.sha256(json.dumps(job.facts).encode()).hexdigest()[:32]}"'
             known = request.headers.get("if-none-match", "")
             weak = "" if self.engine.exact else "W/"  # bits depend on the batch, except with --exact
@@ -699,7 +701,8 @@ class Handler(BaseHTTPRequestHandler):
         model = self.model()
         fields = {flag.dest: flag.default for flag in sample.DRAW_FLAGS}
         fields |= {"n": 1, "seed": secrets.randbelow(2**31)}
-        wanted = sample.DrawRequest(**fields | parse_query(request.query, sample.parameters(model)))
+        given = parse_query(request.query, sample.parameters(model))
+        wanted = sample.DrawRequest(**fields | given)
         try:
             with self.server.planning:
                 table = wanted.table(model.schedule)
@@ -709,7 +712,7 @@ class Handler(BaseHTTPRequestHandler):
         facts = wanted.facts(model, len(table)) | sample.grid_facts(model.network.config, images)
         drawings = [sample.Drawing(seed, label, table, wanted.guidance) for label, seed in images]
         deadline = time.monotonic() + self.server.seconds
-        job = Job(model, drawings, facts, self.connection, self.client, deadline)
+        job = Job(model, drawings, facts, self.connection, self.client, deadline, "seed" in given)
         if job.work > self.server.max_cost:
             most = f"images x steps may be at most {self.server.max_cost}; guidance counts twice"
             raise Refusal(400, most, "n_images")
@@ -742,10 +745,8 @@ def job_headers(job: Job) -> dict:
 
 
 def image_facts(job: Job, drawing: sample.Drawing) -> dict:
-    facts = dict(job.facts)
-    if drawing.label is not None:
-        facts["class"] = sample.class_name(job.model.network.config, drawing.label)
-    return facts | {"seed": drawing.seed}
+    own = sample.grid_facts(job.model.network.config, [(drawing.label, drawing.seed)])
+    return job.facts | own | {"seed": drawing.seed}
 
 
 def image_content(job: Job, drawing: sample.Drawing, pixels: Tensor) -> dict:
@@ -782,6 +783,13 @@ def openapi(model: sample.Model) -> dict:
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
 
 
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+    b'{"error": {"message": "all connections are in use", "type": "server_error", "param": null, "code": '
+    b'"service_unavailable", "request_id": null}}\n'
+)
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, within limits, and holds what the handlers share.
 
@@ -800,10 +808,10 @@ class Server(ThreadingHTTPServer):
         self.engine, self.tokens, self.metrics, self.store = engine, tokens, engine.metrics, store
         self.seconds, self.max_cost = seconds, max_cost
         self.lock = threading.Condition()
-        # Half of the descriptors, because as many rejected connections may still be closing.
+        # Half of the descriptors, because equally many rejected connections may still be closing.
         self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
         engine.max_jobs = self.max_connections * 7 // 8  # the others are for probes and refusals
-        self.planning = threading.Lock()  # one at a time, so that handlers leave the interpreter to the engine
+        self.planning = threading.Lock()  # one at a time, so that handlers do not compete with the engine for the GIL
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         if store:
             threading.Thread(target=store.save_waiting, args=(self.report_save,), name="saves", daemon=True).start()
@@ -828,8 +836,14 @@ class Server(ThreadingHTTPServer):
                     idle.shutdown(socket.SHUT_RDWR)
             if not full or idle:
                 self.connections[connection] = False
-        if not full or idle or threading.active_count() < 2 * self.max_connections + OTHER_FILES // 2:
-            super().process_request(connection, address)
+        if not full or idle:
+            return super().process_request(connection, address)
+        self.metrics.add("papilio_turned_away_total")
+        with suppress(OSError):
+            connection.setblocking(False)
+            connection.send(BUSY)
+        if threading.active_count() < 2 * self.max_connections + OTHER_FILES // 2:
+            threading.Thread(target=self.shutdown_request, args=(connection,), daemon=True).start()
         else:
             connection.close()
 
@@ -858,7 +872,7 @@ class Server(ThreadingHTTPServer):
             self.metrics.add("papilio_save_errors_total")
             log(f"not saved: {error}")
         for file in deleted:
-            log(f"--save-limit: a random sample of the day is kept, without {file}")
+            log(f"--save-limit: deleted {file}; a random sample of that day stays")
 
     def handle_error(self, request, client_address) -> None:
         """Logs an exception of a handler's thread, which socketserver would print."""
@@ -869,7 +883,7 @@ class Server(ThreadingHTTPServer):
     def allows(self, host: str) -> bool:
         """Returns whether the server answers to a host name: one of its hosts, which may be * or *.example.org."""
         suffixes = tuple(name[1:] for name in self.hosts if name.startswith("*"))
-        return host in self.hosts or bool(suffixes) and host.endswith(suffixes)
+        return host in self.hosts or host.endswith(suffixes)
 
     def reload_tokens(self, file: Path | None) -> None:
         """Reads the tokens again. An error is logged, and the current ones stay."""
@@ -928,7 +942,7 @@ def file_limit() -> int:
 
 
 def host_name(text: str) -> str:
-    """Returns a host name or address in lower case, as a Host header has it, or with * for any name or any prefix.
+    """Returns a host name or address in lower case, as in a Host header; * and *.example.org are allowed.
 
     Raises InputError if it is none of these.
     """
@@ -974,9 +988,8 @@ def serve(args: argparse.Namespace) -> int:
         max_cost=args.max_cost,
     )
     signals, endings = [], {signal.SIGTERM, signal.SIGINT}
-    handlers = {number: signal.getsignal(number) for number in (*endings, signal.SIGHUP)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: signals.append(number))
+    caught = (*endings, signal.SIGHUP)
+    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number)) for number in caught}
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
 
     def begin() -> None:
@@ -994,7 +1007,7 @@ def serve(args: argparse.Namespace) -> int:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             raise beginning.exception()
-        if signal.SIGHUP in signals:
+        if signal.SIGHUP in signals and beginning.done():
             signals.remove(signal.SIGHUP)
             engine.loader.submit(engine.reload, *source)
             server.reload_tokens(args.token_file)

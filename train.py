@@ -130,7 +130,7 @@ PRESETS = {
 }  # fmt: skip
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
 RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # may change when a run is resumed
-# Settings that are taken from the model of --init, so that their flags are refused with it.
+# Settings taken from the model of --init; their flags are refused together with --init.
 FROM_MODEL = {flag.dest for flag in SETTINGS["network"] if flag.dest not in ("dropout", "init")}
 FROM_MODEL |= {"image_channels", "classes", "prediction", "noise_schedule", "zero_snr", "timesteps"}
 
@@ -171,8 +171,8 @@ def _help_with_defaults(flag: Flag) -> str:
 def read_config(path: Path) -> dict:
     """Reads a run's config.json and validates its settings by the same rules as flags.
 
-    Settings that an older version did not have take their defaults and are listed under "defaulted". Raises InputError
-    if anything else is missing, unknown or invalid.
+    Settings that are missing, because the version was older, take their defaults and are listed under "defaulted".
+    Raises InputError if anything else is missing, unknown or invalid.
     """
     config = data.read_json(path)
     settings = config.get("settings")
@@ -638,7 +638,7 @@ def measure_cost(
 ) -> tuple[float, float]:
     """Measures GFLOP and training seconds per image on a part of a batch, without changing weights.
 
-    With torch.compile this compiles the network; if that fails, it prints so, and training goes on in eager mode.
+    With torch.compile this compiles the network; if that fails, it says so, and training goes on in eager mode.
     """
     gflop = unet.flops(network.config, network.config.image_size) / 1e9
     count = len(batch.x0) // settings["accumulate"]

@@ -748,7 +748,7 @@ def test_after_all_have_left_nothing_is_left(folder):
         clients = [connect(running) for _ in range(60)]
         for i, client in enumerate(clients):
             route = "/generate_stream/" if i % 2 else "/generate_sample/"
-            client.sendall(head(f"{route}?n_images=20&steps=50&seed={i}"))
+            client.sendall(head(f"{route}?n_images=20&steps=300&seed={i}"))
         wait_until(lambda: len(running.engine.jobs) == 60)
         for client in clients:
             client.close()
