@@ -22,6 +22,7 @@ import os
 import queue
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -42,6 +43,7 @@ from numpy import ndarray
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+VERSION = "0.1.0"
 FORMAT = 2  # of the prepared folder and of the decoding that fills it; it is part of every cache key
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZES = (8, 1024)  # 8: the near-duplicate descriptor has 8 x 8 cells
@@ -336,14 +338,14 @@ def write_png(path: Path | str, *picture) -> None:
 class ServedImages:
     """A folder of the images that the server has made: written by the server, read by the monitor.
 
-    An image is `<day>/<request>-<k>.png`, and a line of JSON with its facts in `<day>/<process>.jsonl`. Above `limit`
-    bytes images are deleted: those of the oldest day first, and those of one day in random order, so that an even
-    sample of the day stays. Several threads and processes may save into one folder.
+    An image is `<day>/<request>-<k>.png`. A line of JSON with its facts is in `<day>/<process>.jsonl`; so is a line for
+    each vote. Above `limit` bytes images are deleted: those of the oldest day first, and those of one day in random
+    order, so that an even sample of the day stays. Several threads and processes may save into one folder.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit, self.lock = folder, limit, threading.Lock()
-        self.waiting: queue.Queue = queue.Queue(MAX_SAVES)  # arguments of `save`
+        self.waiting: queue.Queue = queue.Queue(MAX_SAVES)  # calls of `save` and `save_vote`, without arguments
         self.log_name = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
         with disk_errors(f"write to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -399,7 +401,7 @@ class ServedImages:
 
     def save(self, name: str, images: Sequence[tuple]) -> tuple[list, list]:
         """Saves (uint8 (C, H, W) image, facts) pairs. Returns errors and the images deleted to make room."""
-        day = self.folder / time.strftime("%Y-%m-%d", time.gmtime())
+        day = self._today()
         errors, deleted = [], []
         with self.lock:
             for k, (pixels, facts) in enumerate(images):
@@ -411,24 +413,40 @@ class ServedImages:
         return errors, deleted
 
     def save_waiting(self, report: Callable) -> None:
-        """Saves what is in the queue `waiting`, and calls report(errors, deleted) each time. It never returns."""
+        """Makes the calls in the queue `waiting`, and calls report(errors, deleted) after each. It never returns."""
         while True:
-            report(*self.save(*self.waiting.get()))
+            report(*self.waiting.get()())
             self.waiting.task_done()
+
+    def save_vote(self, facts: dict) -> tuple[list, list]:
+        """Appends a vote to the log of the day. Returns errors, and nothing deleted."""
+        with self.lock:
+            try:
+                self._append(self._today(), facts)
+            except OSError as error:
+                return [error], []
+        return [], []
+
+    def _today(self) -> Path:
+        return self.folder / time.strftime("%Y-%m-%d", time.gmtime())
+
+    def _append(self, day: Path, facts: dict) -> None:
+        """Appends a line to the log of a day."""
+        day.mkdir(exist_ok=True)
+        with open(day / self.log_name, "a", encoding="utf-8") as log:
+            log.write(json.dumps(facts) + "\n")
 
     def _save_one(self, path: Path, pixels: Tensor, facts: dict) -> list[Path]:
         """Saves an image unless it is the first to delete. Returns the deleted files."""
         encoded = encode_png(grid(pixels[None], padding=0), facts)
-        line = json.dumps(facts) + "\n"
+        size = len(encoded) + len(json.dumps(facts)) + 1
         if self.unscanned > self.limit / 50:  # others save here too
             self.scan()
-        self._add(path, len(encoded) + len(line))
-        self.unscanned += len(encoded) + len(line)
+        self._add(path, size)
+        self.unscanned += size
         deleted = self._make_room()
         if path not in deleted:
-            path.parent.mkdir(exist_ok=True)
-            with open(path.parent / self.log_name, "a", encoding="utf-8") as log:
-                log.write(line)  # first, so that no file is without a line
+            self._append(path.parent, facts)  # first, so that no file is without a line
             atomic_write(path, lambda file: file.write(encoded))
         return deleted
 
@@ -1074,6 +1092,14 @@ class Flag:
         except (ValueError, argparse.ArgumentTypeError):
             return False
 
+    def check(self, value):
+        """Returns a value from JSON if it is valid for the flag. Raises argparse.ArgumentTypeError if not."""
+        if isinstance(value, float) and value.is_integer():  # JSON has one type of numbers: 2.0 is an integer
+            value = int(value)
+        if value is None or not self.accepts(value):
+            raise argparse.ArgumentTypeError(f"this is not {self.wanted}")
+        return self.parse(as_text(value))
+
     def schema(self) -> dict:
         """Returns the JSON schema of a value."""
         schema = {"description": self.help}
@@ -1092,6 +1118,23 @@ def as_text(value) -> str:
     return str(value)
 
 
+def git_commit() -> str | None:
+    """Returns the commit of this code: $PAPILIO_COMMIT, which containers have, or that of the repository; else None."""
+    if os.environ.get("PAPILIO_COMMIT"):
+        return os.environ["PAPILIO_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+class Version(argparse.Action):
+    """Prints version and commit, and exits."""
+
+    def __call__(self, parser, *_) -> NoReturn:
+        print(f"Papilio {VERSION}, commit {git_commit() or 'unknown'}")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports a bad flag in one sentence.
 
@@ -1103,6 +1146,7 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         texts = {"description": description, "epilog": examples, "formatter_class": formatter}
         super().__init__(prog, allow_abbrev=False, **texts, **options)
+        self.add_argument("--version", action=Version, nargs=0, help="print version and commit, and exit")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")

@@ -10,6 +10,7 @@ butterflies and never changes. Numbers are comparable between runs, but not with
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import queue
@@ -367,6 +368,7 @@ METRICS = {
     "papilio_sampling_cpu_seconds_total": "CPU time of the process while the network ran.",
     "papilio_departures_total": "Clients that left before their images were finished.",
     "papilio_engine_errors_total": "Iterations of the engine that raised an exception.",
+    "papilio_feedback_total": "Votes on images, by vote and model.",
     "papilio_model_loads_total": "Models loaded, by result.",
     "papilio_save_errors_total": "Images that could not be saved.",
     "papilio_saved_bytes": "Bytes in the folder of served images.",
@@ -463,14 +465,22 @@ def process_gauges() -> dict:
     return gauges
 
 
+LOG_AS_JSON = threading.Event()
 LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
 
 
-def log(text: str) -> None:
-    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters."""
+def log(text: str, **fields) -> None:
+    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters.
+
+    With --log json it is a JSON object, which also has the given fields.
+    """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = re.sub(r"[^ -~]+", " ", text)[-1000:]
+    line = f"{now} {text}\n"
+    if LOG_AS_JSON.is_set():
+        line = json.dumps({"time": now, "message": text, **fields}) + "\n"
     with suppress(queue.Full):
-        LOG.put_nowait(f"{now} {re.sub(r'[^ -~]+', ' ', text)[-1000:]}\n")
+        LOG.put_nowait(line)
 
 
 def write_log() -> None:

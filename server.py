@@ -33,7 +33,7 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,12 +48,15 @@ from torch import Tensor
 import data
 import monitor
 import sample
+import unet
 from data import Flag, InputError, real, whole
 from monitor import log
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
 MAX_TARGET = 8 * 1024  # bytes
 MAX_HEADERS = 100
+MAX_BODY = 16 * 1024  # bytes
+MAX_ISSUED = 100_000  # images that can be voted on, the newest ones
 MAX_CONNECTIONS = 256  # fewer if RLIMIT_NOFILE is low
 OTHER_FILES = 64  # descriptors for everything that is not a connection
 MAX_FAILURES = 20  # calls of the network that fail in a row before the engine gives up
@@ -69,13 +72,15 @@ HEARTBEAT_SECONDS = 10.0  # between signs of life in a stream
 DRAIN_SECONDS = 6.0  # to finish admitted jobs, then at most 2 s to close: containers are killed after 10 s
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ERROR_FIELDS = ("message", "type", "param", "code", "request_id")
-GET, POST = ("GET", "HEAD"), ("GET", "HEAD", "POST")  # methods of a route
+GET, GET_OR_POST, POST = ("GET", "HEAD"), ("GET", "HEAD", "POST"), ("POST",)  # methods of a route
 CLASS_NAMES = ("class", "guidance")  # parameters that not every model has
 
 
 # Answered under any host name, without a token. Cloud Run reserves paths that end in z.
 PROBES = ("/healthz", "/health", "/readyz", "/ready")
 GENERATING = ("/generate_sample/", "/generate_stream/")
+PAGE = Path(__file__).parent / "web/index.html"
+VOTES = ("up", "down")
 
 
 class Refusal(Exception):
@@ -119,8 +124,20 @@ class Request:
     headers: dict  # by lower-case name; repeated fields are joined with a comma (RFC 9110, 5.3)
 
 
-def read_head(connection: socket.socket) -> bytes:
-    """Reads up to the first empty line, which ends the head of a request.
+def receive(connection: socket.socket, deadline: float) -> bytes:
+    """Returns the next bytes. Raises Refusal after the deadline, and ClientLeft if the client leaves."""
+    while (remaining := deadline - time.monotonic()) > 0:
+        with client_errors(), suppress(TimeoutError):
+            connection.settimeout(remaining)
+            part = connection.recv(65536)
+            if not part:
+                raise ClientLeft
+            return part
+    raise Refusal(408, f"the request took longer than {HEAD_SECONDS:g} seconds")
+
+
+def read_head(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Reads up to the first empty line, which ends the head of a request. Returns the head, and what came after it.
 
     Raises Refusal as soon as the bytes are not valid HTTP, too many or too slow, and ClientLeft if the client leaves.
     """
@@ -128,18 +145,10 @@ def read_head(connection: socket.socket) -> bytes:
     while (end := head.find(b"\r\n\r\n", searched)) < 0 and len(head) <= MAX_HEAD:
         if head and not head[:1].isalpha() or BARE_LINE_END.search(head, searched):
             raise Refusal(400, "this is not an HTTP request")
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} seconds")
-        with client_errors(), suppress(TimeoutError):
-            connection.settimeout(remaining)
-            part = connection.recv(65536)
-            if not part:
-                raise ClientLeft
-            searched = max(0, len(head) - 3)
-            head += part
+        searched = max(0, len(head) - 3)
+        head += receive(connection, deadline)
     if 0 <= end <= MAX_HEAD:
-        return head[:end]
+        return head[:end], head[end + 4 :]
     if b"\r\n" in head[:MAX_TARGET]:
         raise Refusal(431, f"the head of the request is longer than {MAX_HEAD} bytes")
     raise Refusal(414, f"the target of the request is longer than {MAX_TARGET} bytes")
@@ -201,28 +210,38 @@ def parse_fields(lines: list[bytes]) -> dict:
     return headers
 
 
-def check_no_body(headers: dict) -> None:
-    """Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), a body, or an Expect header."""
+def body_length(headers: dict, most: int) -> int:
+    """Returns the number of bytes of the body.
+
+    Raises Refusal for malformed framing (RFC 9112, 6.1 to 6.3), more than `most` bytes, and an Expect header.
+    """
     length, encoded = headers.get("content-length", "0"), "transfer-encoding" in headers
     if not re.fullmatch(r"[0-9]{1,19}", length) or encoded and "content-length" in headers:
         raise Refusal(400, "Content-Length is malformed, or sent with Transfer-Encoding")
     if "expect" in headers:
         raise Refusal(417, "the Expect header is not supported")
-    if encoded or int(length):
-        raise Refusal(413, "a request must not have a body")
+    if encoded and most:
+        raise Refusal(411, "a body needs a Content-Length")
+    if encoded or int(length) > most:
+        raise Refusal(413, f"the body of this request may have at most {most} bytes")
+    return int(length)
 
 
-def parse_query(query: str, flags: dict) -> dict:
-    """Parses a query, whose parameters are the keys of `flags`. Returns {field of a DrawRequest: value}.
-
-    Raises Refusal.
-    """
-    values = {}
+def parse_query(query: str) -> list[tuple]:
+    """Returns (name, text) of each parameter of a query. Raises Refusal."""
     try:
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
+        return urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
     except ValueError as error:
         raise Refusal(400, "the query must have the form name=value&name=value, in UTF-8") from error
-    for name, text in pairs:
+
+
+def parse_values(pairs: Iterable[tuple], flags: dict, parse: Callable) -> dict:
+    """Turns (name, value) pairs, whose names are the keys of `flags`, into {field of a DrawRequest: parsed value}.
+
+    `parse` is Flag.parse for texts, and Flag.check for JSON. Raises Refusal, which names the parameter.
+    """
+    values = {}
+    for name, value in pairs:
         if name in CLASS_NAMES and name not in flags:
             raise Refusal(400, f"{name} needs a model that was trained with classes and label dropout", name)
         if name not in flags:
@@ -231,7 +250,7 @@ def parse_query(query: str, flags: dict) -> dict:
         if flag.dest in values:
             raise Refusal(400, f"{name} is given twice", name)
         try:
-            values[flag.dest] = flag.parse(text)
+            values[flag.dest] = parse(flag, value)
         except argparse.ArgumentTypeError as error:
             raise Refusal(400, f"{name} must be {flag.wanted}", name) from error
     return values
@@ -348,6 +367,11 @@ class Engine:
         """Returns the header that asks a client to wait until this work is done; jittered, so that clients spread."""
         seconds = math.ceil(work / self.rate * random.uniform(1, 1.5))
         return {"Retry-After": str(max(1, min(seconds, MAX_RETRY)))}
+
+    def estimate(self, job: Job) -> float:
+        """Returns the seconds until a job is finished, if no others come: those with less work left go first."""
+        with self.lock:
+            return round(sum(min(other.work, job.work) for other in self.jobs) / self.rate, 1)
 
     def too_late(self) -> Refusal:
         headers = self.retry_after(sum(job.work for job in self.jobs))
@@ -502,10 +526,10 @@ class Handler(BaseHTTPRequestHandler):
         self.id, self.status, self.route, self.close_connection = secrets.token_hex(8), 0, "none", True
         begin = time.perf_counter()
         try:
-            head = read_head(self.connection)
+            head, rest = read_head(self.connection)
             begin = time.perf_counter()
             self.server.mark(self.connection, True)
-            self.answer(parse_head(head))
+            self.answer(parse_head(head), rest)
         except Refusal as refusal:
             self.refuse(refusal)
         except ClientLeft:
@@ -517,9 +541,11 @@ class Handler(BaseHTTPRequestHandler):
         seconds = time.perf_counter() - begin
         if self.route != "none" or self.status != 499:  # a connection without a request is not logged
             self.server.metrics.observe("papilio_request_seconds", seconds, route=self.route, status=str(self.status))
-            log(f"{self.id} {self.route} {self.status} {1000 * seconds:.0f} ms")
+            ms = round(1000 * seconds)
+            text = f"{self.id} {self.route} {self.status} {ms} ms"
+            log(text, request=self.id, route=self.route, status=self.status, ms=ms)
 
-    def answer(self, request: Request) -> None:
+    def answer(self, request: Request, body: bytes) -> None:
         self.head_only = request.method == "HEAD"
         route = request.path
         if route not in ROUTES:
@@ -531,9 +557,13 @@ class Handler(BaseHTTPRequestHandler):
         if request.method not in methods:
             allowed = ", ".join(methods)
             raise Refusal(405, f"the methods of this route are {allowed}", headers={"Allow": allowed})
-        check_no_body(request.headers)
+        length = body_length(request.headers, MAX_BODY if request.method == "POST" else 0)
         if route not in PROBES:
             self.check_access(request)
+        deadline = time.monotonic() + HEAD_SECONDS
+        while len(body) < length:
+            body += receive(self.connection, deadline)
+        self.body = body[:length]
         respond(self, request)
 
     def check_access(self, request: Request) -> None:
@@ -553,7 +583,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, given = sent.get("authorization", "").encode("latin-1").partition(b" ")
         given = given.strip(b" ")
         matches = [hmac.compare_digest(given, token) for token in tokens]  # all of them, for constant time
-        if tokens and not (scheme.lower() == b"bearer" and any(matches)):
+        if tokens and not (scheme.lower() == b"bearer" and any(matches)) and self.route != "/":  # the page asks for it
             text = "send one of this server's tokens in a header: Authorization: Bearer TOKEN"
             raise Refusal(401, text, headers={"WWW-Authenticate": "Bearer"})
         self.client = given if tokens else self.client_address[0]
@@ -642,7 +672,7 @@ class Handler(BaseHTTPRequestHandler):
         if job.error:
             raise job.error
         if as_json:
-            content = {"images": [image_content(job, drawing, drawing.pixels) for drawing in job.drawings]}
+            content = {"images": [self.image_content(job, k, drawing.pixels) for k, drawing in enumerate(job.drawings)]}
             self.respond(200, json.dumps(content).encode(), "application/json", headers)
         else:
             images = torch.stack([drawing.pixels for drawing in job.drawings])
@@ -664,7 +694,8 @@ class Handler(BaseHTTPRequestHandler):
             self.respond(200, None, "text/event-stream", headers)
             self.write(f"retry: 600000\nid: {self.id}\n".encode())
             steps, sent = job.facts["steps"], [0] * len(job.drawings)
-            self.send("queued", {"request_id": self.id, "images": len(sent), "steps": steps})
+            wait = self.engine.estimate(job)
+            self.send("queued", {"request_id": self.id, "images": len(sent), "steps": steps, "seconds": wait})
             while min(sent) < steps and not job.error and (remaining := job.deadline - time.monotonic()) > 0:
                 if not job.news.wait(min(remaining, HEARTBEAT_SECONDS)):
                     self.write(b": still here\n\n")
@@ -672,7 +703,7 @@ class Handler(BaseHTTPRequestHandler):
                 for k, drawing in enumerate(job.drawings):
                     step, pixels = drawing.preview
                     if step > sent[k] and time.monotonic() < job.deadline:
-                        content = {"image": k, "step": step, "steps": steps, **image_content(job, drawing, pixels)}
+                        content = {"image": k, "step": step, "steps": steps, **self.image_content(job, k, pixels)}
                         self.send("image" if step == steps else "step", content)
                         sent[k] = step
         if min(sent) == steps:
@@ -684,6 +715,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, event: str, content: dict) -> None:
         self.write(f"event: {event}\ndata: {json.dumps(content)}\n\n".encode())
+
+    def get_page(self, request: Request) -> None:
+        """The page for people."""
+        page = PAGE.read_bytes()
+        parts = re.findall(rb"<(script|style)>(.*?)</", page, re.DOTALL)
+        hashes = {name.decode(): base64.b64encode(hashlib.sha256(text).digest()).decode() for name, text in parts}
+        policy = "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        policy += "frame-ancestors 'none'" + "".join(f"; {name}-src 'sha256-{hashes[name]}'" for name in hashes)
+        self.respond(200, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+
+    def post_feedback(self, request: Request) -> None:
+        """Records a vote on an image: a JSON object with the ID of the image and the vote. One vote an image."""
+        content = self.json_body(request)
+        image, vote = content.get("image"), content.get("vote")
+        if content.keys() != {"image", "vote"} or vote not in VOTES or not isinstance(image, str):
+            raise Refusal(400, f"the body must be an object with image, an ID, and vote, one of: {', '.join(VOTES)}")
+        model, store = self.server.take_vote(image), self.server.store
+        self.server.metrics.add("papilio_feedback_total", vote=vote, model=model[:12])
+        if store:
+            facts = {"image": image, "vote": vote, "model": model, "time": f"{time.time():.3f}"}
+            self.server.save(partial(store.save_vote, facts))
+        self.respond(200, b"{}\n", "application/json")
 
     # -- jobs
 
@@ -701,7 +754,11 @@ class Handler(BaseHTTPRequestHandler):
         model = self.model()
         fields = {flag.dest: flag.default for flag in sample.DRAW_FLAGS}
         fields |= {"n": 1, "seed": secrets.randbelow(2**31)}
-        given = parse_query(request.query, sample.parameters(model))
+        flags = sample.parameters(model)
+        if self.body:
+            given = parse_values(self.json_body(request).items(), flags, Flag.check)
+        else:
+            given = parse_values(parse_query(request.query), flags, Flag.parse)
         wanted = sample.DrawRequest(**fields | given)
         try:
             with self.server.planning:
@@ -718,10 +775,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, most, "n_images")
         return job
 
+    def json_body(self, request: Request) -> dict:
+        """Parses the body, which must be a JSON object. Raises Refusal."""
+        if not re.match(r"application/json\s*(;|$)", request.headers.get("content-type", "")):
+            raise Refusal(415, "a body must be JSON: send Content-Type: application/json")
+        if request.query:
+            raise Refusal(400, "send the parameters in the query or in the body, not in both")
+        try:
+            return unet.parse_object(self.body)
+        except ValueError as error:
+            raise Refusal(400, "the body must be a JSON object in UTF-8, in which no name occurs twice") from error
+
     @contextmanager
     def submitted(self, job: Job) -> Iterator[None]:
         """Gives the job to the engine and ends it afterwards, whatever happens."""
         self.engine.submit(job)
+        self.server.issue([f"{self.id}-{k}" for k in range(len(job.drawings))], job.model.hash)
         try:
             yield
         except ClientLeft:
@@ -732,12 +801,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def save_images(self, job: Job) -> None:
         """Queues the images to be saved, with --save."""
-        if self.server.store:
+        store = self.server.store
+        if store:
             images = [(drawing.pixels, image_facts(job, drawing)) for drawing in job.drawings]
-            try:
-                self.server.store.waiting.put_nowait((self.id, images))
-            except queue.Full:
-                self.server.report_save([f"more than {data.MAX_SAVES} requests wait to be saved"], [])
+            self.server.save(partial(store.save, self.id, images))
+
+    def image_content(self, job: Job, k: int, pixels: Tensor) -> dict:
+        """Returns what JSON says of image k: its ID, its seed, and its PNG in base64."""
+        drawing = job.drawings[k]
+        picture = data.encode_png(data.grid(pixels[None], padding=0), image_facts(job, drawing))
+        return {"id": f"{self.id}-{k}", "seed": drawing.seed, "png": base64.b64encode(picture).decode()}
 
 
 def job_headers(job: Job) -> dict:
@@ -749,15 +822,12 @@ def image_facts(job: Job, drawing: sample.Drawing) -> dict:
     return job.facts | own | {"seed": drawing.seed}
 
 
-def image_content(job: Job, drawing: sample.Drawing, pixels: Tensor) -> dict:
-    picture = data.encode_png(data.grid(pixels[None], padding=0), image_facts(job, drawing))
-    return {"seed": drawing.seed, "png": base64.b64encode(picture).decode()}
-
-
 # path: (method of Handler, HTTP methods, media type); the docstring of the method describes the route in /openapi.json
 ROUTES = {
-    "/generate_sample/": (Handler.get_sample, POST, "image/png"),
+    "/": (Handler.get_page, GET, "text/html"),
+    "/generate_sample/": (Handler.get_sample, GET_OR_POST, "image/png"),
     "/generate_stream/": (Handler.get_stream, GET, "text/event-stream"),
+    "/feedback": (Handler.post_feedback, POST, "application/json"),
     "/openapi.json": (Handler.get_openapi, GET, "application/json"),
     "/metrics": (Handler.get_metrics, GET, "text/plain"),
     **dict.fromkeys(PROBES, (Handler.get_probe, GET, "text/plain")),
@@ -767,19 +837,28 @@ ROUTES = {
 def openapi(model: sample.Model) -> dict:
     """Returns the OpenAPI document, from the tables of routes and parameters."""
     query = [{"name": name, "in": "query", "schema": flag.schema()} for name, flag in sample.parameters(model).items()]
+    values = {row["name"]: row["schema"] for row in query}
+    vote = {"image": {"type": "string"}, "vote": {"enum": list(VOTES)}}
+    strict = {"type": "object", "additionalProperties": False}
+    bodies = {
+        "/generate_sample/": strict | {"properties": values},
+        "/feedback": strict | {"properties": vote, "required": list(vote)},
+    }
     properties = dict.fromkeys(ERROR_FIELDS, {"type": ["string", "null"]})
     error = {"type": "object", "properties": {"error": {"type": "object", "properties": properties}}}
     paths = {}
     for path, (respond, methods, kind) in ROUTES.items():
         operation = {
             "summary": " ".join((respond.__doc__ or "").split()),
-            "parameters": query if path in GENERATING else [],
             "responses": {
                 "200": {"description": "success", "content": {kind: {}}},
                 "default": {"description": "an error", "content": {"application/json": {"schema": error}}},
             },
         }
-        paths[path] = {method.lower(): operation for method in methods if method != "HEAD"}
+        inputs = {"GET": {"parameters": query if path in GENERATING else []}}
+        content = {"application/json": {"schema": bodies.get(path)}}
+        inputs["POST"] = {"requestBody": {"content": content, "required": path == "/feedback"}}
+        paths[path] = {method.lower(): operation | inputs[method] for method in methods if method in inputs}
     return {"openapi": "3.1.0", "info": {"title": "Papilio", "version": model.hash[:12]}, "paths": paths}
 
 
@@ -812,6 +891,7 @@ class Server(ThreadingHTTPServer):
         self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
         engine.max_jobs = self.max_connections * 7 // 8  # the others are for probes and refusals
         self.planning = threading.Lock()  # one at a time, so that handlers do not compete with the engine for the GIL
+        self.issued: dict = {}  # {ID of an image: hash of its model, None after a vote}, oldest first
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         if store:
             threading.Thread(target=store.save_waiting, args=(self.report_save,), name="saves", daemon=True).start()
@@ -866,6 +946,30 @@ class Server(ThreadingHTTPServer):
         self.close_request(connection)
         with self.lock:
             self.connections.pop(connection, None)
+
+    def issue(self, images: list[str], model: str) -> None:
+        """Remembers the IDs of images, on which clients may vote, and the hash of their model."""
+        with self.lock:
+            self.issued |= dict.fromkeys(images, model)
+            for oldest in list(self.issued)[: max(0, len(self.issued) - MAX_ISSUED)]:
+                del self.issued[oldest]
+
+    def take_vote(self, image: str) -> str:
+        """Returns the model's hash of an image that has no vote yet. Raises Refusal, also the next time."""
+        with self.lock:
+            if image not in self.issued:
+                raise Refusal(404, "this image is not known: it is too old, or from another server", "image")
+            model, self.issued[image] = self.issued[image], None
+        if model is None:
+            raise Refusal(409, "this image has a vote already", "image")
+        return model
+
+    def save(self, call: Callable) -> None:
+        """Queues a call of the store."""
+        try:
+            self.store.waiting.put_nowait(call)
+        except queue.Full:
+            self.report_save([f"more than {data.MAX_SAVES} requests wait to be saved"], [])
 
     def report_save(self, errors: list, deleted: list) -> None:
         for error in errors:
@@ -928,6 +1032,7 @@ SERVER_FLAGS = {
         Flag("--queue", 20_000, whole(1), "images x steps that may wait; further requests get 429"),
         Flag("--timeout", 120.0, real(0.1, 10**6), "seconds after which a request gets 504"),
         Flag("--save", None, Path, "folder to save served images in, for monitor.py (default: images are not saved)"),
+        Flag("--log", "text", ("text", "json"), "format of the log lines on stderr"),
         Flag("--save-limit", 1000, whole(1), "size limit of the --save folder in MB; above it, random images of the "
              "oldest day are deleted"),
     ],
@@ -973,6 +1078,8 @@ def read_tokens(file: Path | None) -> tuple[bytes, ...]:
 def serve(args: argparse.Namespace) -> int:
     if sys.platform == "win32":
         raise InputError("the server needs Linux or macOS; on Windows run it in WSL or a container")
+    if args.log == "json":
+        monitor.LOG_AS_JSON.set()
     tokens = read_tokens(args.token_file)
     device = sample.choose_device(args.device)
     source = args.model, device, sample.choose_precision(device, args.precision)

@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -351,13 +350,6 @@ def cut_metrics(folder: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
     data.atomic_write(path, lambda file: file.write(b"".join(kept)))
-
-
-def git_commit() -> str | None:
-    """Returns the commit of this code, or None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -929,7 +921,7 @@ def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int
             "skipped": list(dataset.skipped[:100]),
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "git_commit": git_commit(),
+        "git_commit": data.git_commit(),
         "processes": run.processes.world,
         "threads": torch.get_num_threads(),
     }

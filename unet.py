@@ -572,17 +572,11 @@ class Entry:
 
 def _parse_header(text: bytes) -> list[Entry]:
     """Parses the JSON header. Raises ValueError for anything that the format does not allow."""
-
-    def no_duplicates(pairs):  # "Duplicate keys are disallowed."
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-        if not text.startswith(b"{") or not isinstance(header, dict):  # "must begin with a { character"
+        if not text.startswith(b"{"):  # "must begin with a { character"
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+        header = parse_object(text)  # "Duplicate keys are disallowed."
+    except ValueError as error:
         raise ValueError(f"has a damaged header: {str(error)[:100]}") from error
     metadata = header.pop("__metadata__", {})  # "Arbitrary JSON is not allowed, all values must be strings."
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -598,6 +592,23 @@ def _parse_header(text: bytes) -> list[Entry]:
             raise ValueError(f"has a damaged header: shape or offsets of tensor {name[:80]!r}")
         entries.append(Entry(name, DTYPES[dtype], shape, *offsets))
     return entries
+
+
+def parse_object(text: bytes) -> dict:
+    """Parses a JSON object in UTF-8. Raises ValueError for anything else, and for names that occur twice."""
+
+    def no_duplicates(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    return content
 
 
 def _are_sizes(values, at_most: int) -> bool:

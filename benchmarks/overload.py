@@ -45,7 +45,8 @@ class Server:
         answer.read()
         connection.close()
         with self.lock:
-            self.seen.append((answer.status, time.perf_counter() - begin, images, client))
+            drawn = 0 if method == "HEAD" else images
+            self.seen.append((answer.status, time.perf_counter() - begin, drawn, client))
         return answer.status, int(answer.headers.get("Retry-After", 0))
 
     def predictions(self) -> float:

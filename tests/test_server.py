@@ -1,6 +1,7 @@
 """The server stands: every odd request is answered and leaves nothing behind, and no image depends on the others."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -170,6 +171,94 @@ def test_separate_pictures_as_json(served):
     assert get(served, method="POST", **query)[2].startswith(b"\x89PNG")
 
 
+def post(running, path: str, content: dict, *headers: str):
+    body = json.dumps(content).encode()
+    lines = ("Content-Type: application/json", f"Content-Length: {len(body)}", *headers)
+    return send(running, head(path, *lines, method="POST") + body)
+
+
+def test_a_json_body_asks_as_a_query_does(served):
+    query = {"steps": 3, "n_images": 2, "seed": 11, "class": "bee", "guidance": 1.5, "sampler": "ddim", "eta": 0.5}
+    answer = post(served, "/generate_sample/", query)
+    assert answer[0] == 200 and answer[2] == get(served, **query)[2] and "etag" not in answer[1]
+    error = json.loads(post(served, "/generate_sample/", {"steps": "3"})[2])["error"]
+    assert error["param"] == "steps" and "whole number from 1 to 1000" in error["message"]
+    body = json.dumps(query).encode()
+    with nothing_left(served):  # in drips, and not all of it
+        asked = head(
+            "/generate_sample/", "Content-Type: application/json", f"Content-Length: {len(body)}", method="POST"
+        )
+        assert send(served, asked, *(body[i : i + 9] for i in range(0, len(body), 9)))[2] == answer[2]
+        with connect(served) as leaving:
+            leaving.sendall(asked + body[:-1])
+            leaving.shutdown(socket.SHUT_WR)
+            assert leaving.recv(100) == b""
+
+
+def test_votes_are_counted_once(folder, tmp_path):
+    """For images that were made here, in the log of the day, and by vote and model in the metrics."""
+    store = data.ServedImages(tmp_path, 10**7)
+    with serving(folder, store=store) as running:
+        asked = {"steps": 1, "n_images": 2, "seed": 4}
+        images = json.loads(post(running, "/generate_sample/", asked, "Accept: application/json")[2])["images"]
+        streamed = [
+            content for name, content in events(get(running, "/generate_stream/", **asked)[2]) if name == "image"
+        ]
+        plain = get(running, steps=1)[1]["x-request-id"] + "-0"
+        names = [image["id"] for image in (*images, *streamed)] + [plain]
+        assert len(set(names)) == 5
+        for name, vote in zip(names, ("up", "down", "up", "up", "down"), strict=True):
+            assert post(running, "/feedback", {"image": name, "vote": vote})[0] == 200
+            again = post(running, "/feedback", {"image": name, "vote": "up"})
+            assert again[0] == 409 and "has a vote already" in json.loads(again[2])["error"]["message"]
+        for other in (names[0][:-1] + "2", "", "../x"):
+            assert post(running, "/feedback", {"image": other, "vote": "up"})[0] == 404
+        counted, model = gauges(running), running.engine.model.hash
+        assert counted[f'papilio_feedback_total{{vote="up",model="{model[:12]}"}}'] == 3
+        assert counted[f'papilio_feedback_total{{vote="down",model="{model[:12]}"}}'] == 2
+        wait_until(lambda: not store.waiting.unfinished_tasks)
+    (day,) = store.days()
+    lines = [json.loads(line) for log in day.glob("*.jsonl") for line in log.read_text().splitlines()]
+    votes = {line["image"]: (line["vote"], line["model"]) for line in lines if "vote" in line}
+    assert votes == {name: (vote, model) for name, vote in zip(names, ("up", "down", "up", "up", "down"), strict=True)}
+    assert {facts["file"] for facts, _ in store.read(day)} == {f"{name}.png" for name in names}
+
+
+def test_only_the_newest_images_can_be_voted_on(folder, monkeypatch):
+    monkeypatch.setattr(server, "MAX_ISSUED", 3)
+    with serving(folder) as running:
+        names = [get(running, steps=1)[1]["x-request-id"] + "-0" for _ in range(5)]
+        assert [post(running, "/feedback", {"image": name, "vote": "up"})[0] for name in names] == [404] * 2 + [200] * 3
+
+
+def test_the_page_and_its_policy(served, folder):
+    """Its own script and style are all that it may run; a server with tokens shows it without one."""
+    status, headers, body = get(served, "/")
+    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8" and len(body.splitlines()) < 400
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["connect-src"] == "'self'"
+    for name in ("script", "style"):
+        (text,) = re.findall(rb"<%b>(.*?)</%b>" % (name.encode(), name.encode()), body, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert policy[f"{name}-src"] == f"'sha256-{digest.lower()}'"  # header values are in lower case here
+    assert not re.search(rb"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//|\bon\w+=|style=", body)
+    with serving(folder, tokens=(b"correct-horse",)) as running:
+        assert get(running, "/")[0] == 200 and get(running, "/openapi.json")[0] == 401
+
+
+def test_a_stream_tells_how_long_it_may_take(folder):
+    with serving(folder, work=False) as running:
+        running.engine.rate = 10.0
+        running.engine.submit(job_of(running.engine.model, 4, 10))  # 40 predictions, which go after those below
+        job = job_of(running.engine.model, 1, 20)
+        running.engine.submit(job)
+        assert running.engine.estimate(job) == 4.0
+        running.engine.submit(job_of(running.engine.model, 1, 5))
+        assert running.engine.estimate(job) == 4.5
+        for waiting in list(running.engine.jobs):
+            running.engine.end(waiting)
+
+
 def test_a_model_without_classes_says_so(tmp_path):
     with serving(make_model(tmp_path / "m")) as running:
         for name in ("class", "guidance"):
@@ -191,7 +280,7 @@ def test_the_seed_systems_line_works(served):
 
 def test_head_samples_nothing(served):
     before = gauges(served).get("papilio_images_total", 0)
-    for path in server.ROUTES:
+    for path in server.ROUTES.keys() - {"/feedback"}:
         status, headers, body = get(served, path, method="HEAD")
         assert (status, body) == (200, b"") and headers["content-type"] == get(served, path)[1]["content-type"]
     assert gauges(served)["papilio_images_total"] == before + 2  # those of the two GETs
@@ -259,7 +348,35 @@ RAW = [  # what is sent, the status that it gets
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
     (b"\r\n\r\n", 400),
     (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 200),
-    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc", 413),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc", 415),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"Content-Length: 16385\r\n\r\nabc", 413),
+    (b"POST " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    *((b"POST /generate_sample/ HTTP/1.1\r\n" + HOST + b"Content-Type: " + kind + b"\r\nContent-Length: " +
+       str(len(body)).encode() + b"\r\n\r\n" + body, status) for kind, body, status in (
+        (b"application/json", b'{"steps": 1, "seed": 9223372036854775807, "n_images": 2}', 200),
+        (b"application/json; charset=utf-8", b' {"steps": 1, "class": "bee", "guidance": 2}\r\n', 200),
+        (b"application/json", b'{"steps": 1.0, "guidance": 2}', 200),
+        (b"text/plain", b'{"steps": 1}', 415), (b"application/jsonx", b"{}", 415),
+        *((b"application/json", body, 400) for body in (
+            b"{", b"[]", b"null", b'"steps"', b"\xff", b"{}{}", b'{"steps": 1, "steps": 2}', b"[" * 16000,
+            b'{"steps": "1"}', b'{"steps": 1.5}', b'{"steps": true}', b'{"steps": null}',
+            b'{"steps": 0}', b'{"steps": 1001}', b'{"steps": [1]}', b'{"steps": {}}', b'{"steps": NaN}',
+            b'{"steps": 1e300}', b'{"seed": 9223372036854775808}', b'{"seed": -1}', b'{"guidance": Infinity}',
+            b'{"guidance": 1e400}', b'{"guidance": "2"}', b'{"class": "dog"}', b'{"class": 1}', b'{"sampler": 3}',
+            b'{"n_images": 65}', b'{"stream": 1}', b'{"n": 1}', b'{"steps": 1000, "n_images": 64}', b'{"": 1}')))),
+    (head(GOOD, "Content-Type: application/json", "Content-Length: 12", method="POST") + b'{"steps": 1}', 400),
+    (head("/", method="POST"), 405),
+    (head("/", "Content-Length: 3") + b"abc", 413),
+    (head("/"), 200),
+    (head("/", host="evil.example"), 421),
+    (head("/feedback"), 405),
+    *((head("/feedback", "Content-Type: application/json", f"Content-Length: {len(body)}", method="POST") + body,
+       status) for body, status in (
+                           (b'{"image": "0-0", "vote": "up"}', 404), (b'{"image": "0-0", "vote": "sideways"}', 400),
+                           (b'{"image": 3, "vote": "up"}', 400), (b'{"vote": "up"}', 400), (b"{}", 400),
+                           (b'{"image": "0-0", "vote": "up", "more": 1}', 400),
+                           (b'{"image": "0-0", "vote": ["up"]}', 400),
+                           (b"\xff", 400))),
     (b"POST /metrics HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\n\r\nabc", 405),  # before 413
     (b"PUT " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     (b"OPTIONS " + GOOD.encode() + b" HTTP/1.1\r\n" + HOST + b"\r\n", 405),
@@ -342,7 +459,7 @@ def test_odd_requests(served, number):
             assert error["request_id"] == headers["x-request-id"]
             assert not re.search(r"Traceback|evil|script>|\.py|9{20}", body.decode()) and str(ROOT) not in body.decode()
         assert headers["connection"] == "close" and "python" not in str(headers).lower()
-        assert status != 405 or headers["allow"].startswith("get, head")
+        assert status != 405 or headers["allow"].startswith("post" if b"feedback" in request else "get, head")
 
 
 def test_errors_name_their_parameter(served):
@@ -383,6 +500,12 @@ def test_a_silent_a_resetting_and_a_pipelining_client(served):
         resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         resetting.close()
         silent.close()
+    silent = connect(served)  # a reset in the head is noticed at once
+    wait_until(lambda: served.connections)
+    silent.sendall(b"GET /heal")
+    silent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    silent.close()
+    wait_until(lambda: not served.connections, seconds=5)
 
 
 def test_a_client_that_never_reads_holds_nothing_up(served, monkeypatch):
@@ -466,7 +589,7 @@ def test_a_heads_cost_is_linear(served, monkeypatch):
 
     content = b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 30_000
     monkeypatch.setattr(server, "BARE_LINE_END", Counting())
-    assert server.read_head(Dripping(content + b"\r\n\r\nrest")) == content and sum(searched) < 5 * len(content)
+    assert server.read_head(Dripping(content + b"\r\n\r\nrest"))[0] == content and sum(searched) < 5 * len(content)
     assert time.process_time() - begin < 60  # cubic, it would be hours
 
 
@@ -1615,6 +1738,21 @@ def test_a_shutdown_in_a_long_step_ends_well(tmp_path):
         assert process.wait(20) == 0, process.said
         for client in clients:
             client.close()
+
+
+def test_log_lines_for_machines(folder):
+    """One JSON object a line, one line a request."""
+    with command("--model", folder, "--log", "json") as process:
+        assert get(process, steps=1)[0] == 200 and get(process, steps=0)[0] == 400
+        wait_until(lambda: len(process.said) == 4)
+    lines = [json.loads(line) for line in process.said]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) for line in lines)
+    assert "listening" in lines[1]["message"]
+    assert [(line["route"], line["status"]) for line in lines[2:]] == [
+        ("/generate_sample/", 200),
+        ("/generate_sample/", 400),
+    ]
+    assert lines[2]["ms"] >= 0 and re.fullmatch("[0-9a-f]{16}", lines[2]["request"])
 
 
 def test_names_of_hosts():
