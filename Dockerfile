@@ -1,0 +1,32 @@
+# One image that trains, samples, serves and evaluates:
+#
+#   docker build -t papilio --build-arg COMMIT=$(git rev-parse HEAD) .
+#   docker run -p 8000:8000 papilio                                         serves the default model
+#   docker run -v "$PWD/photos:/photos" -v "$PWD/runs:/app/runs" papilio train.py --data /photos
+#
+# For CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+ARG BASE=python:3.12-slim
+
+FROM ${BASE} AS packages
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY requirements.txt constraints.txt ./
+# Builds of PyTorch's own index are preferred: to pip, 2.14.1+cpu is newer than 2.14.1.
+RUN python -m venv /venv \
+ && /venv/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt -r requirements.txt
+
+FROM ${BASE}
+RUN useradd --create-home --uid 1000 papilio && install -d -o papilio /app
+COPY --from=packages /venv /venv
+WORKDIR /app
+COPY *.py LICENSE ./
+COPY builtin builtin
+COPY web web
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.title=Papilio org.opencontainers.image.licenses=MIT \
+      org.opencontainers.image.revision=${COMMIT}
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PAPILIO_COMMIT=${COMMIT}
+USER papilio
+EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('PORT', '8000') + '/healthz', timeout=4)"]
+ENTRYPOINT ["python"]
+CMD ["server.py", "--host", "0.0.0.0"]
