@@ -508,7 +508,7 @@ QUALITY_FLAGS = {
              "synthetic:COUNT:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
              "synthetic images)"),
         Flag("--train", None, str, "training images, to find near-copies (default: those of the run)"),
-        Flag("--size", None, whole(8, 1024), "side to scale images to, in pixels (default: the model's own, else 64)"),
+        Flag("--size", None, whole(8, 1024), "scale images to N x N pixels (default: the model's size, else 64)"),
         Flag("--seed", 0, whole(0), "seed of the first sample"),
         Flag("--json", None, Path, "also write the metrics to this file"),
         sample.DEVICE_FLAGS[0],

@@ -298,7 +298,7 @@ def draw(
 
     table     from `ddpm.sampler_table`; with `picture`, made for the `ddpm.truncated` schedule
     labels    class of each image; (): no class, for a model without classes or trained with label dropout
-    guidance  scale of classifier-free guidance: 1 none, 0 no class; other than 1 needs the model's null label
+    guidance  classifier-free guidance scale: 1 off, 0 unconditional; any value but 1 needs the null label
     picture   float (C, H, W) in -1..1: start from this picture, noised to the table's first timestep
     known     float (C, H, W): the known part of the image; NaN elsewhere
     progress  progress(i, drawings) is called after each step i of a batch
@@ -361,8 +361,8 @@ class Drawing:
 def advance(model: Model, drawings: Sequence[Drawing], batch_size: int, known: Tensor | None = None) -> None:
     """Makes one step of each drawing, in one call of the network on a batch padded to batch_size.
 
-    The drawings may be at different steps of different tables, but all with guidance or all without it. `known` is as
-    in ddpm.step.
+    The drawings may be at different steps of different tables, but must all have guidance or all have none. `known` is
+    as in ddpm.step.
     """
     config, device = model.network.config, model.device
     if known is not None:
@@ -557,8 +557,8 @@ SAMPLE_FLAGS = {
         Flag("--from", None, Path, "draw variations of this picture: noised by --strength, then denoised",
              {"dest": "picture"}),
         Flag("--strength", None, real(0.001, 1), "noise added to --from, 1: pure noise (default: 0.6; 1 with --mask)"),
-        Flag("--mask", None, Path, "inpaint --from where this mask is white (128 and above), and keep the rest; it "
-             "must have the size of --from"),
+        Flag("--mask", None, Path, "mask of the same size as --from: white areas (128 and above) are inpainted, "
+             "the rest is kept"),
         Flag("--walk", None, whole(0), "interpolate from seed A to seed B in n images",
              {"nargs": 2, "metavar": ("A", "B")}),
     ],

@@ -306,7 +306,7 @@ def save_checkpoint(folder: Path, step: int, content: dict, keep: int) -> None:
     torch.save(content, buffer := io.BytesIO())  # in memory first: torch's writer hides errors of the disk
     parts = buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()
     data.atomic_write(folder / f"checkpoint-{step:08d}.pt", lambda file: file.writelines(parts))
-    # By time, because a damaged one may have the highest step number.
+    # By time: by step, a damaged checkpoint could outlive newer ones.
     files = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: file.stat().st_mtime_ns)
     for old in files[:-keep]:
         with data.disk_errors(f"delete {old}"):
@@ -434,7 +434,7 @@ class Batches:
 
 
 class HeldOut:
-    """Up to 512 held-out images with fixed noise, at timesteps spread evenly over their training distribution."""
+    """Up to 512 held-out images with fixed noise, at evenly spaced quantiles of the training timesteps."""
 
     def __init__(self, dataset, rows, settings: dict, cdf: Tensor, device: torch.device):
         rows = rows[:: math.ceil(len(rows) / 512)]
