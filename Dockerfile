@@ -15,7 +15,7 @@ RUN python -m venv /venv \
  && /venv/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt -r requirements.txt
 
 FROM ${BASE}
-RUN useradd --create-home --uid 1000 papilio && install -d -o papilio /app
+RUN useradd --create-home --uid 1000 papilio && install -d -o papilio /app /app/runs /served
 COPY --from=packages /venv /venv
 WORKDIR /app
 COPY *.py LICENSE ./
@@ -27,6 +27,7 @@ LABEL org.opencontainers.image.title=Papilio org.opencontainers.image.licenses=M
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PAPILIO_COMMIT=${COMMIT}
 USER papilio
 EXPOSE 8000
-HEALTHCHECK --start-period=60s CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('PORT', '8000') + '/healthz', timeout=4)"]
+# For other commands than the server, and with --port: docker run --no-healthcheck
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('PORT', 8000)), timeout=4); c.request('GET', '/healthz'); assert c.getresponse().status == 200"]
 ENTRYPOINT ["python"]
 CMD ["server.py", "--host", "0.0.0.0"]

@@ -10,6 +10,7 @@ loader state. The file also owns PNG and atomic writing, the folder of served im
 """
 
 import argparse
+import errno
 import functools
 import hashlib
 import heapq
@@ -431,10 +432,14 @@ class ServedImages:
         return self.folder / time.strftime("%Y-%m-%d", time.gmtime())
 
     def _append(self, day: Path, facts: dict) -> None:
-        """Appends a line to the log of a day."""
+        """Appends a line to the log of a day: all of it or, if the disk is full, nothing."""
         day.mkdir(exist_ok=True)
-        with open(day / self.log_name, "a", encoding="utf-8") as log:
-            log.write(json.dumps(facts) + "\n")
+        line = json.dumps(facts).encode() + b"\n"
+        with open(day / self.log_name, "ab", buffering=0) as log:
+            end = log.tell()
+            if log.write(line) < len(line):
+                log.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _save_one(self, path: Path, pixels: Tensor, facts: dict) -> list[Path]:
         """Saves an image unless it is the first to delete. Returns the deleted files."""
@@ -1096,7 +1101,7 @@ class Flag:
         """Returns a value from JSON if it is valid for the flag. Raises argparse.ArgumentTypeError if not."""
         if isinstance(value, float) and value.is_integer():  # JSON has one type of numbers: 2.0 is an integer
             value = int(value)
-        if value is None or not self.accepts(value):
+        if isinstance(value, list | dict | None) or not self.accepts(value):
             raise argparse.ArgumentTypeError(f"this is not {self.wanted}")
         return self.parse(as_text(value))
 

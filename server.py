@@ -314,13 +314,15 @@ class Engine:
         self.closing = self.failed = False
         self.thread = threading.Thread(target=self.loop, name="engine", daemon=True)
 
-    def load(self, named: Path | None, device: torch.device, precision: str) -> None:
+    def load(self, named: Path | None, device: torch.device, precision: str, expected: str | None = None) -> None:
         """Reads the named model or the newest one and tries it; new jobs get it from now on.
 
-        Raises InputError, and keeps the current model, if the new one does not work.
+        Raises InputError, and keeps the current model, if the new one does not work or has not the expected hash.
         """
         path, which = sample.find_model(named)
         model = sample.load(path, device, precision)
+        if expected not in (None, model.hash):
+            raise InputError(f"--model-hash {expected}: the model in {path} has the hash {model.hash}")
         rate = sample.measure_rate(model, self.batch)
         with self.lock:
             self.model, self.rate = model, rate
@@ -528,7 +530,6 @@ class Handler(BaseHTTPRequestHandler):
         try:
             head, rest = read_head(self.connection)
             begin = time.perf_counter()
-            self.server.mark(self.connection, True)
             self.answer(parse_head(head), rest)
         except Refusal as refusal:
             self.refuse(refusal)
@@ -564,6 +565,7 @@ class Handler(BaseHTTPRequestHandler):
         while len(body) < length:
             body += receive(self.connection, deadline)
         self.body = body[:length]
+        self.server.mark(self.connection, True)
         respond(self, request)
 
     def check_access(self, request: Request) -> None:
@@ -671,6 +673,7 @@ class Handler(BaseHTTPRequestHandler):
             job.done.wait(max(0, job.deadline - time.monotonic()))
         if job.error:
             raise job.error
+        self.server.issue([f"{self.id}-{k}" for k in range(len(job.drawings))], job.model.hash)
         if as_json:
             content = {"images": [self.image_content(job, k, drawing.pixels) for k, drawing in enumerate(job.drawings)]}
             self.respond(200, json.dumps(content).encode(), "application/json", headers)
@@ -704,6 +707,8 @@ class Handler(BaseHTTPRequestHandler):
                     step, pixels = drawing.preview
                     if step > sent[k] and time.monotonic() < job.deadline:
                         content = {"image": k, "step": step, "steps": steps, **self.image_content(job, k, pixels)}
+                        if step == steps:
+                            self.server.issue([content["id"]], job.model.hash)
                         self.send("image" if step == steps else "step", content)
                         sent[k] = step
         if min(sent) == steps:
@@ -777,7 +782,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def json_body(self, request: Request) -> dict:
         """Parses the body, which must be a JSON object. Raises Refusal."""
-        if not re.match(r"application/json\s*(;|$)", request.headers.get("content-type", "")):
+        if not re.match(r"application/json\s*(;|$)", request.headers.get("content-type", "").lower()):
             raise Refusal(415, "a body must be JSON: send Content-Type: application/json")
         if request.query:
             raise Refusal(400, "send the parameters in the query or in the body, not in both")
@@ -790,7 +795,6 @@ class Handler(BaseHTTPRequestHandler):
     def submitted(self, job: Job) -> Iterator[None]:
         """Gives the job to the engine and ends it afterwards, whatever happens."""
         self.engine.submit(job)
-        self.server.issue([f"{self.id}-{k}" for k in range(len(job.drawings))], job.model.hash)
         try:
             yield
         except ClientLeft:
@@ -1013,6 +1017,7 @@ class Server(ThreadingHTTPServer):
 SERVER_FLAGS = {
     "model": [
         sample.MODEL_FLAG,
+        Flag("--model-hash", None, str, "refuse a model with another hash; X-Model-Hash names that of a loaded one"),
         *sample.DEVICE_FLAGS,
         Flag("--exact", None, bool, "images bit-identical to those of sample.py --exact, in any batch"),
     ],
@@ -1082,7 +1087,7 @@ def serve(args: argparse.Namespace) -> int:
         monitor.LOG_AS_JSON.set()
     tokens = read_tokens(args.token_file)
     device = sample.choose_device(args.device)
-    source = args.model, device, sample.choose_precision(device, args.precision)
+    source = args.model, device, sample.choose_precision(device, args.precision), args.model_hash
     store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), monitor.Metrics())
     server = Server(
@@ -1120,8 +1125,8 @@ def serve(args: argparse.Namespace) -> int:
             server.reload_tokens(args.token_file)
     healthy = engine.alive()
     log("shutting down" if healthy else "the engine makes no progress: leaving with an error")
-    for number in endings:  # a second signal exits at once
-        signal.signal(number, signal.SIG_DFL)
+    for number in endings:  # a second signal exits at once; by default, PID 1 would ignore it
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     server.drain()
     monitor.wait_until_done(monitor.LOG, 1)
     os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line

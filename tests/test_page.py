@@ -3,6 +3,7 @@
 import base64
 import re
 import shutil
+import socket
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_pictures_are_drawn_voted_on_repeated_and_kept(browser, served):
         says(page, "your vote is counted")
         page.get_by_role("button", name="Bad picture, seed 8").click()
         page.wait_for_selector("button[aria-label='Bad picture, seed 8'][aria-pressed=true]")
-        assert page.get_by_role("button", name="Bad picture, seed 7").is_disabled()
+        assert page.get_by_role("button", name="Bad picture, seed 7").get_attribute("aria-disabled") == "true"
+        page.get_by_role("button", name="Bad picture, seed 7").click(force=True)  # changes nothing
         votes = {key: value for key, value in gauges(served).items() if "feedback_total" in key}
         assert sorted(votes.values()) == [1, 1] and {re.search('vote="(.*?)"', key)[1] for key in votes} == {
             "up",
@@ -202,10 +204,12 @@ def test_a_token_is_asked_for_and_kept_in_memory(browser, folder):
     with serving(folder, tokens=(b"correct-horse",)) as running, opened(browser, running) as page:
         says(page, "asks for a token")
         assert page.evaluate("document.activeElement.id") == "token" and violations(page) == []
-        page.keyboard.type("wrong-horse")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#error:visible")
-        assert "not accepted" in page.locator("#error").inner_text()
+        for wrong in ("wrong-horse", "häst"):
+            page.locator("#token").fill(wrong)
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#error:visible")
+            assert "not accepted" in page.locator("#error").inner_text()
+            page.evaluate("fail('')")
         page.locator("#token").fill("correct-horse")
         page.keyboard.press("Enter")
         says(page, "press Draw")
@@ -213,8 +217,17 @@ def test_a_token_is_asked_for_and_kept_in_memory(browser, folder):
         says(page, "The picture is finished")
         page.get_by_role("button", name="Good picture, seed 3").click()
         says(page, "your vote is counted")
+        running.tokens = (b"battery-staple",)  # in the middle of a visit: what was chosen stays
+        draw(page, steps=2)
+        says(page, "asks for a token")
+        page.locator("#token").fill("battery-staple")
+        page.keyboard.press("Enter")
+        says(page, "press Draw")
+        assert page.locator("[name=seed]").input_value() == "3"
+        draw(page)
+        says(page, "The picture is finished")
         stored = page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])")
-        assert "horse" not in stored + page.content()
+        assert not re.search("horse|staple", stored + page.content())
 
 
 def test_the_keyboard_alone_is_enough(browser, served):
@@ -245,6 +258,55 @@ def test_the_keyboard_alone_is_enough(browser, served):
         page.keyboard.type("2")
         page.keyboard.press("Enter")
         says(page, "The picture is finished")
+        assert page.evaluate("document.activeElement.name") == "steps"
+        for name in ("Draw", "Good picture"):  # what is pressed keeps the focus
+            page.get_by_role("button", name=name).focus()
+            page.keyboard.press("Enter")
+            says(page, "finished" if name == "Draw" else "your vote is counted")
+            assert page.evaluate("document.activeElement.textContent") in ("Draw", "👍")
+
+
+def test_an_invalid_value_in_closed_settings_is_shown(browser, served):
+    with opened(browser, served, "/?eta=5") as page:
+        says(page, "press Draw")
+        draw(page)
+        page.wait_for_function("() => document.activeElement.name === 'eta'")
+        assert page.locator("[name=eta]").is_visible()
+
+
+def test_the_page_waits_while_the_model_is_loaded(browser, folder):
+    with serving(folder) as running:
+        model, running.engine.model = running.engine.model, None
+        with opened(browser, running) as page:
+            page.wait_for_selector("#error:visible")
+            assert "still being loaded" in page.locator("#error").inner_text()
+            running.engine.model = model
+            says(page, "press Draw")
+            assert not page.locator("#error").is_visible()
+
+
+def test_seeds_of_63_bits_are_shown_as_they_are(browser, served):
+    with opened(browser, served) as page:
+        says(page, "press Draw")
+        draw(page, seed=2**63 - 1, n_images=2, steps=1)
+        says(page, "All 2 pictures are finished")
+        assert page.locator("#pictures a").all_inner_texts() == ["Seed 9223372036854775807", "Seed 0"]
+        changes = page.evaluate("document.querySelectorAll('#pictures img')[1].alt")
+        assert changes == "Picture 2, seed 0"
+
+
+def test_a_stream_that_breaks_off_is_told(browser, folder):
+    with serving(folder, work=False) as running, opened(browser, running) as page:
+        says(page, "press Draw")
+        draw(page, steps=5)
+        wait_until(lambda: len(running.engine.jobs) == 1)
+        connection = running.engine.jobs[0].connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.shutdown(socket.SHUT_RDWR)
+        says(page, "were not finished")
+        assert "The connection ended" in page.locator("#error").inner_text()
+        running.engine.thread.start()
+        wait_until(lambda: not running.engine.jobs)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -211,6 +211,7 @@ def test_votes_are_counted_once(folder, tmp_path):
             assert post(running, "/feedback", {"image": name, "vote": vote})[0] == 200
             again = post(running, "/feedback", {"image": name, "vote": "up"})
             assert again[0] == 409 and "has a vote already" in json.loads(again[2])["error"]["message"]
+        assert post(running, "/feedback", {"image": names[0], "vote": "up"}, "X: 1")[0] == 409
         for other in (names[0][:-1] + "2", "", "../x"):
             assert post(running, "/feedback", {"image": other, "vote": "up"})[0] == 404
         counted, model = gauges(running), running.engine.model.hash
@@ -222,6 +223,31 @@ def test_votes_are_counted_once(folder, tmp_path):
     votes = {line["image"]: (line["vote"], line["model"]) for line in lines if "vote" in line}
     assert votes == {name: (vote, model) for name, vote in zip(names, ("up", "down", "up", "up", "down"), strict=True)}
     assert {facts["file"] for facts, _ in store.read(day)} == {f"{name}.png" for name in names}
+
+
+def test_only_finished_images_can_be_voted_on(folder):
+    with serving(folder, work=False) as running:
+        with connect(running) as connection:
+            connection.sendall(head("/generate_stream/?n_images=3&steps=1"))
+            found = re.search(rb"^id: (\w+)$", connection.recv(10_000) + connection.recv(10_000), re.MULTILINE)
+        vote = {"image": f"{found[1].decode()}-0", "vote": "up"}
+        assert post(running, "/feedback", vote)[0] == 404
+        running.engine.thread.start()
+        wait_until(lambda: not running.engine.jobs)
+        assert post(running, "/feedback", vote)[0] == 404
+
+
+def test_slow_bodies_leave_room_for_probes(folder, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    lines = ("Content-Type: application/json", "Content-Length: 10")
+    with serving(folder) as running:
+        slow = [connect(running) for _ in range(8)]
+        for client in slow:
+            with suppress(OSError):  # some are closed to make room
+                client.sendall(head("/feedback", *lines, method="POST") + b"{")
+        assert get(running, "/healthz")[0] == 200 and get(running, steps=1)[0] == 200
+        for client in slow:
+            client.close()
 
 
 def test_only_the_newest_images_can_be_voted_on(folder, monkeypatch):
@@ -354,7 +380,7 @@ RAW = [  # what is sent, the status that it gets
     *((b"POST /generate_sample/ HTTP/1.1\r\n" + HOST + b"Content-Type: " + kind + b"\r\nContent-Length: " +
        str(len(body)).encode() + b"\r\n\r\n" + body, status) for kind, body, status in (
         (b"application/json", b'{"steps": 1, "seed": 9223372036854775807, "n_images": 2}', 200),
-        (b"application/json; charset=utf-8", b' {"steps": 1, "class": "bee", "guidance": 2}\r\n', 200),
+        (b"Application/JSON; charset=utf-8", b' {"steps": 1, "class": "bee", "guidance": 2}\r\n', 200),
         (b"application/json", b'{"steps": 1.0, "guidance": 2}', 200),
         (b"text/plain", b'{"steps": 1}', 415), (b"application/jsonx", b"{}", 415),
         *((b"application/json", body, 400) for body in (
@@ -1235,11 +1261,14 @@ def test_a_bad_model_is_refused_and_counted(folder, tmp_path, capsys):
     sample.save_model(broken, network, ddpm.Schedule())
     with serving(folder) as running:
         before = get(running, steps=2, seed=1)
+        running.engine.load(folder, torch.device("cpu"), "fp32", running.engine.model.hash)
+        with pytest.raises(InputError, match=f"--model-hash abc: .* has the hash {running.engine.model.hash}"):
+            running.engine.load(folder, torch.device("cpu"), "fp32", "abc")
         for bad in (broken, tmp_path, tmp_path / "nothing"):
             running.engine.reload(bad, torch.device("cpu"), "fp32")
         counted = gauges(running)
         assert counted['papilio_model_loads_total{result="refused"}'] == 3
-        assert counted['papilio_model_loads_total{result="loaded"}'] == 1
+        assert counted['papilio_model_loads_total{result="loaded"}'] == 2
         assert get(running, steps=2, seed=1)[2] == before[2]
     assert "not finite" in capsys.readouterr().err
 
@@ -1445,6 +1474,24 @@ def test_images_are_saved_after_the_response(folder, tmp_path, monkeypatch):
         wait_until(lambda: len(saved(tmp_path)) == 2)
 
 
+def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(tmp_path, monkeypatch):
+    """A vote whose line is cut off in the middle; then an image is saved, and is found."""
+
+    class Full(io.FileIO):
+        def write(self, content):
+            return super().write(content[:7])
+
+    store = data.ServedImages(tmp_path, 10**7)
+    store.save("first", [(noise(0), {})])
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda path, *how, **more: Full(path, "a"))
+        (error,), _ = store.save_vote({"image": "first-0", "vote": "up"})
+        assert "No space left" in str(error)
+    assert store.save("second", [(noise(1), {})]) == ([], [])
+    (day,) = store.days()
+    assert [facts["request"] for facts, _ in store.read(day)] == ["first", "second"]
+
+
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
     store = data.ServedImages(tmp_path / "saved", 10**7)
     (tmp_path / "saved").rmdir()
@@ -1581,7 +1628,7 @@ def test_the_curl_lines_of_the_docs_work(tmp_path):
             assert done.returncode == 0, (line, done.stderr)
             assert done.stdout or "-o " in line
     pictures = [Image.open(io.BytesIO(file.read_bytes())).size for file in sorted(tmp_path.glob("*.png"))]
-    assert len(pictures) == 3 and min(map(min, pictures)) >= 64
+    assert len(pictures) == 4 and min(map(min, pictures)) >= 64
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -1782,7 +1829,7 @@ def test_asked_twice_it_stops_at_once(folder):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: get(process, "/readyz")[0] == 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == -signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_sighup_loads_the_newest_run(tmp_path, folder):
