@@ -151,6 +151,15 @@ def test_hostile_values_are_only_text(browser, served):
             assert page.locator("script").count() == 1
 
 
+def test_class_names_of_a_hostile_model_are_only_text(browser, tmp_path):
+    names = ("<img src=x onerror=alert(1)>", "&amp;", "</select><h1>")
+    folder = make_model(tmp_path / "m", num_class_embeds=4, class_names=names)
+    with serving(folder) as running, opened(browser, running) as page:
+        says(page, "press Draw")
+        assert page.locator("[name=class] option").all_inner_texts() == ["default", *names]
+        assert page.locator("h1").count() == 1 and page.locator("img").count() == 0
+
+
 def test_errors_are_shown_at_their_field(browser, served):
     with opened(browser, served) as page:
         says(page, "press Draw")
