@@ -322,7 +322,7 @@ class Engine:
         path, which = sample.find_model(named)
         model = sample.load(path, device, precision)
         if expected not in (None, model.hash):
-            raise InputError(f"--model-hash {expected}: the model in {path} has the hash {model.hash}")
+            raise InputError(f"--model-hash {expected}: the model in {path} has the hash {model.hash}; correct either")
         rate = sample.measure_rate(model, self.batch)
         with self.lock:
             self.model, self.rate = model, rate
