@@ -182,7 +182,7 @@ def test_errors_are_shown_at_their_field(browser, served):
 
 
 def test_a_full_queue_and_a_late_picture_are_told(browser, folder):
-    with serving(folder, work=False, seconds=2.0) as running, opened(browser, running) as page:
+    with serving(folder, work=False, seconds=8.0) as running, opened(browser, running) as page:
         says(page, "press Draw")
         running.engine.max_jobs = 1
         draw(page, steps=1)
