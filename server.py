@@ -32,7 +32,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -895,7 +895,7 @@ class Server(ThreadingHTTPServer):
         self.max_connections = max(2, min(MAX_CONNECTIONS, (file_limit() - OTHER_FILES) // 2))
         engine.max_jobs = self.max_connections * 7 // 8  # the others are for probes and refusals
         self.planning = threading.Lock()  # one at a time, so that handlers do not compete with the engine for the GIL
-        self.issued: dict = {}  # {ID of an image: hash of its model, None after a vote}, oldest first
+        self.issued: OrderedDict = OrderedDict()  # {ID of an image: hash of its model, None after a vote}, oldest first
         self.connections: dict = {}  # {socket: whether a request is in flight}, oldest first
         if store:
             threading.Thread(target=store.save_waiting, args=(self.report_save,), name="saves", daemon=True).start()
@@ -955,8 +955,8 @@ class Server(ThreadingHTTPServer):
         """Remembers the IDs of images, on which clients may vote, and the hash of their model."""
         with self.lock:
             self.issued |= dict.fromkeys(images, model)
-            for oldest in list(self.issued)[: max(0, len(self.issued) - MAX_ISSUED)]:
-                del self.issued[oldest]
+            while len(self.issued) > MAX_ISSUED:
+                self.issued.popitem(last=False)
 
     def take_vote(self, image: str) -> str:
         """Returns the model's hash of an image that has no vote yet. Raises Refusal, also the next time."""

@@ -106,7 +106,6 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> None:
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def denoise(network, table, noise, *, labels=None, start=None, known=None, progress=None) -> torch.Tensor:
     """The plainest loop over the steps of a table: the reference for sample.draw and the server."""
     x = noise()

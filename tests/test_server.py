@@ -710,11 +710,6 @@ def test_of_200_at_once_exactly_what_fits_is_admitted(folder):
         assert sorted(codes) == [200] * 16 + [429] * 184
 
 
-def request(**changes) -> sample.DrawRequest:
-    fields = {flag.dest: flag.default for flag in sample.DRAW_FLAGS}
-    return sample.DrawRequest(**fields | {"n": 1, "seed": 0} | changes)
-
-
 class World:
     """An engine on a clock of its own, on which a prediction takes 1 / rate seconds."""
 
