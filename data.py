@@ -23,6 +23,7 @@ import os
 import queue
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -140,6 +141,12 @@ def decode(encoded: bytes, size: int, channels: int) -> ndarray:
         image.draft(None, (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8, at least twice the target
         image = _to_mode(ImageOps.exif_transpose(image), channels)
     return _pixels(_crop_and_scale(image, size))
+
+
+def decode_png(file: Path | BinaryIO) -> ndarray:
+    """Decodes a PNG file at its own size: uint8 (C, H, W). Raises what Pillow raises for damaged data."""
+    with Image.open(file, formats=["PNG"]) as image:
+        return _pixels(_to_mode(image, len(image.getbands())))
 
 
 def _pixels(image: Image.Image) -> ndarray:
@@ -341,17 +348,19 @@ class ServedImages:
 
     An image is `<day>/<request>-<k>.png`. A line of JSON with its facts is in `<day>/<process>.jsonl`; so is a line for
     each vote. Above `limit` bytes images are deleted: those of the oldest day first, and those of one day in random
-    order, so that an even sample of the day stays. Several threads and processes may save into one folder.
+    order, so that an even sample of the day stays. Several threads and processes may save into one folder. Without a
+    limit the folder is only read. Links and everything else that is not a plain file are never followed or opened.
     """
 
-    def __init__(self, folder: Path, limit: int):
+    def __init__(self, folder: Path, limit: int | None = None):
         self.folder, self.limit, self.lock = folder, limit, threading.Lock()
         self.waiting: queue.Queue = queue.Queue(MAX_SAVES)  # calls of `save` and `save_vote`, without arguments
         self.log_name = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
-        with disk_errors(f"write to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            self.scan()
+        if limit:
+            with disk_errors(f"write to {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                self.scan()
 
     def days(self) -> list[Path]:
         """Lists the folders of days, oldest first. Links, and folders without a log, belong to something else."""
@@ -359,10 +368,11 @@ class ServedImages:
         return sorted(day for day in named if not day.is_symlink() and self.logs(day))
 
     def logs(self, day: Path) -> list[Path]:
-        return sorted(log for log in day.glob("*.jsonl") if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name))
+        named = (log for log in day.glob("*.jsonl") if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name))
+        return sorted(log for log in named if log.is_file() and not log.is_symlink())
 
-    def records(self, day: Path) -> Iterator[tuple]:
-        """Yields (file, facts) of each image that the logs of a day name, whether it still exists or not."""
+    def lines(self, day: Path) -> Iterator[dict]:
+        """Yields the lines of a day's logs that are JSON objects with a time."""
         for log in self.logs(day):
             lines = []
             with suppress(OSError):  # deleted by another process
@@ -370,19 +380,25 @@ class ServedImages:
             for line in lines:
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash, or not ours
                     facts = json.loads(line)
-                    if re.fullmatch(r"[\w-]+-\d+\.png", facts["file"]):  # in this folder, whatever the line says
-                        yield day / facts["file"], facts
+                    if math.isfinite(float(facts["time"])):
+                        yield facts
 
-    def read(self, day: Path) -> Iterator[tuple]:
-        """Yields (facts, pixels) of each image of a day that has not been deleted: uint8 (C, H, W), None if damaged."""
-        for file, facts in self.records(day):
-            try:
-                with Image.open(file, formats=["PNG"]) as image:
-                    yield facts, _pixels(_to_mode(image, len(image.getbands())))
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
-                yield facts, None
+    def records(self, day: Path) -> Iterator[tuple]:
+        """Yields (file, facts) of each image that the logs of a day name, whether it still exists or not."""
+        for facts in self.lines(day):
+            if re.fullmatch(r"[\w-]+-\d+\.png", str(facts.get("file"))):  # in this folder, whatever the line says
+                yield day / facts["file"], facts
+
+    def read(self, file: Path) -> ndarray | None:
+        """Returns the pixels of an image: uint8 (C, H, W), or None if it is damaged. Raises FileNotFoundError."""
+        try:
+            if stat.S_ISREG(file.lstat().st_mode):
+                return decode_png(file)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+            pass
+        return None
 
     def scan(self) -> None:
         """Lists the images that this and other processes have saved, as a heap whose first image is deleted first."""
@@ -778,8 +794,8 @@ def _cache_key(source: Source, size: int, channels: int) -> str:
     listing = []
     for name in source.files:
         try:
-            stat = os.stat(source.root / name)
-            listing.append((name, stat.st_size, stat.st_mtime_ns))
+            status = os.stat(source.root / name)
+            listing.append((name, status.st_size, status.st_mtime_ns))
         except OSError:  # a broken link, which is reported and skipped at decoding
             listing.append((name, None, None))
     descriptor = [NEAR_DUPLICATE, DESCRIPTOR_CELLS]

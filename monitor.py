@@ -9,86 +9,43 @@ butterflies and never changes. Numbers are comparable between runs, but not with
 """
 
 import argparse
+import base64
+import functools
 import hashlib
+import io
 import json
 import math
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import ddpm
 import sample
-import unet
-from data import Flag, InputError, whole
+from builtin.features import FEATURES_HASH, STATISTICS, Features, features_of, load_features, statistics_of
+from data import Flag, InputError, real, whole
 
 SCHEMA = 1  # version of the JSON of --json
-
-# ---- features --------------------------------------------------------------------------------------------------------
-
-FEATURES = Path(__file__).parent / "builtin/features.safetensors"
-FEATURES_HASH = "a3daaf4402247b69d568ca1730fa2f0524006d7d2ef808b7127dc9ce8bc2840d"
-
-
-class Features(nn.Module):
-    """Maps uint8 images (N, 1 or 3, H, W) to float32 (N, 128), standardised on synthetic butterflies.
-
-    `builtin/features.py` trained it to classify the families of synthetic butterflies and to estimate how much each had
-    been damaged. It scales images to 64 x 64 pixels, so it does not see the finest detail of larger ones.
-    """
-
-    SIDE = 64
-    LAYERS = ((32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (128, 2), (128, 1))  # channels, stride
-
-    def __init__(self):
-        super().__init__()
-        widths = [3, *(width for width, _ in self.LAYERS)]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(before, width, 3, stride, padding=1)
-            for before, (width, stride) in zip(widths, self.LAYERS, strict=False)
-        )
-        self.register_buffer("mean", torch.zeros(widths[-1]))
-        self.register_buffer("std", torch.ones(widths[-1]))
-
-    def forward(self, images: Tensor) -> Tensor:
-        h = data.to_float(images).expand(-1, 3, -1, -1)
-        if h.shape[2:] != (self.SIDE, self.SIDE):
-            h = F.interpolate(h, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        for conv in self.convs:
-            h = F.relu(conv(h))
-        return (h.mean((2, 3)) - self.mean) / self.std
-
-
-def load_features() -> Features:
-    """Reads the pinned extractor. Raises InputError if its file is missing or another one."""
-    with data.disk_errors(f"read {FEATURES}"):
-        found = hashlib.sha256(FEATURES.read_bytes()).hexdigest()
-    if found != FEATURES_HASH:
-        raise InputError(
-            f"{FEATURES} is not the file of this version; restore it, because numbers are comparable only with that one"
-        )
-    network = Features()
-    tensors = unet.read_safetensors(FEATURES)
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def features_of(network: Features, images: Tensor) -> Tensor:
-    """Returns the features of uint8 (N, C, H, W) images: float64 (N, 128)."""
-    return torch.cat([network(part) for part in images.split(64)]).double()
-
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -282,6 +239,17 @@ def references(args: argparse.Namespace, path: Path, shape: tuple) -> tuple:
     return training, real
 
 
+def draw_all(
+    model: sample.Model, seeds: Sequence[int], table: Tensor, labels: Sequence, guidance: float = 1.0
+) -> Tensor:
+    """Draws images with these seeds and labels, in batches of 32, with a progress bar."""
+    images = []
+    for start in tqdm(range(0, len(seeds), 32), desc="sampling", unit="batch", disable=None):
+        part = slice(start, start + 32)
+        images.append(sample.draw(model, seeds[part], table, labels[part], guidance=guidance, batch_size=32))
+    return torch.cat(images)
+
+
 def sample_like(model: sample.Model, seed: int, count: int, real: Images, table: Tensor | None = None) -> Tensor:
     """Draws `count` images with the default sampler, or a table of ddpm.sampler_table.
 
@@ -295,12 +263,7 @@ def sample_like(model: sample.Model, seed: int, count: int, real: Images, table:
         if real.classes == config.class_names:
             known = real.labels
         labels = known[torch.randint(len(known), (count,), generator=data.generator("classes", seed))].tolist()
-    images = []
-    for start in tqdm(range(0, count, 32), desc="sampling", unit="batch", disable=None):
-        seeds = range(seed + start, seed + min(start + 32, count))
-        part = labels[start : start + len(seeds)]
-        images.append(sample.draw(model, seeds, table, part, batch_size=32))
-    return torch.cat(images)
+    return draw_all(model, range(seed, seed + count), table, labels)
 
 
 def read_subject(args: argparse.Namespace) -> tuple:
@@ -354,6 +317,609 @@ def report_quality(args: argparse.Namespace) -> None:
             record[name] = images and {"source": images.source, "fingerprint": images.fingerprint}
         data.write_json(args.json, record | {name.replace(" ", "_"): asdict(row) for name, row in rows.items()})
         print(f"wrote {args.json}")
+
+
+# ---- drift: are these images like those of the golden set? -----------------------------------------------------------
+
+LEAST = 64  # images on each side of a test
+COMPONENTS = 32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images of one size with what they are compared by."""
+
+    pixels: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,); 0 without classes
+    features: Tensor  # float64 (N, 128)
+    statistics: Tensor  # float64 (N, 13)
+    names: np.ndarray  # str (N,)
+
+    def rows(self, rows: Tensor | slice) -> "Measured":
+        return Measured(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def measure(network: Features, pixels: Tensor, labels: Tensor | None = None, names: Sequence[str] = ()) -> Measured:
+    """Computes features and statistics of uint8 (N, C, H, W) images."""
+    if labels is None:
+        labels = torch.zeros(len(pixels), dtype=torch.int64)
+    names = np.array(names or [f"image {i}" for i in range(len(pixels))], dtype=str)
+    return Measured(pixels, labels, features_of(network, pixels), statistics_of(pixels), names)
+
+
+def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Returns the mean of values (N, d) in each class, or of all values if a class has none: (classes, d)."""
+    of_class = [values[labels == k] for k in range(classes)]
+    return torch.stack([(own if len(own) else values).mean(0) for own in of_class])
+
+
+class View:
+    """Coordinates in which images are compared, fitted to images that are not compared.
+
+    The mean of an image's class is subtracted, so that another mix of classes is no difference. Columns are scaled to a
+    standard deviation of 1, and at most 32 principal components are kept. The kernel is Gaussian.
+    """
+
+    def __init__(self, values: Tensor, labels: Tensor, classes: int):
+        self.means = class_means(values, labels, classes)
+        centred = values - self.means[labels]
+        self.std = centred.std(0).clamp(min=1e-3)
+        self.directions = torch.linalg.svd(centred / self.std, full_matrices=False).Vh[:COMPONENTS].T
+        self.bandwidth = torch.pdist(self(values, labels)).median()
+
+    def __call__(self, values: Tensor, labels: Tensor) -> Tensor:
+        return (values - self.means[labels]) / self.std @ self.directions
+
+    def kernel(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Returns the kernel of each pair of values (N, d): (N, N) with a zero diagonal."""
+        values = self(values, labels)
+        return torch.exp(-0.5 * (torch.cdist(values, values) / self.bandwidth).square()).fill_diagonal_(0)
+
+
+def near_distance(features: Tensor) -> float:
+    """Returns 0.4 of the median distance of an image to its nearest, by features (N, 128): few images are so near."""
+    return 0.4 * float(torch.cdist(features, features).fill_diagonal_(math.inf).amin(1).median())
+
+
+def permutations(labels: Tensor, current: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Chooses at random as many images of each class as are current: float64 (count, N) of 0 and 1.
+
+    labels (N,) are the classes; current (N,) is true for the images that are current in fact.
+    """
+    order = (labels + torch.rand(count, len(labels), generator=generator, dtype=torch.float64)).argsort(1)
+    by_class = labels.sort().values
+    sizes, wanted = labels.bincount(), labels[current].bincount(minlength=int(labels.max()) + 1)
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[by_class]
+    first = (rank < wanted[by_class]).double()
+    return torch.zeros(count, len(labels), dtype=torch.float64).scatter_(1, order, first.expand(count, -1))
+
+
+def mmd(kernel: Tensor, chosen: Tensor) -> Tensor:
+    """Returns the unbiased MMD^2 of the chosen images and the others, for each row of chosen (B, N): (B,).
+
+    kernel (N, N) has a zero diagonal (Gretton et al. 2012, eq. 3).
+    """
+    n = chosen[0].sum()
+    m = len(kernel) - n
+    sums = chosen @ kernel
+    within = (sums * chosen).sum(1)
+    between = sums.sum(1) - within
+    others = kernel.sum() - 2 * between - within
+    return within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * between / (n * m)
+
+
+def near_pairs(near: Tensor, chosen: Tensor) -> Tensor:
+    """Returns the number of pairs of chosen images that are near, for each row of chosen (B, N); near is (N, N)."""
+    return ((chosen @ near) * chosen).sum(1)
+
+
+def holm(ps: dict) -> dict:
+    """Adjusts p-values for their number: all tests whose adjusted p is at most alpha may be rejected (Holm 1979)."""
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(sorted(ps, key=ps.get)):
+        highest = max(highest, (len(ps) - rank) * ps[name])
+        adjusted[name] = min(1.0, highest)
+    return adjusted
+
+
+def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) -> tuple[dict, Tensor]:
+    """Tests whether current images are distributed like golden ones of the same classes. `fit` is part of neither.
+
+    Features and statistics are compared by MMD, the number of near-duplicates among the current images with that among
+    as many random ones. Returns {test: p-value}, from 40 / alpha permutations; and for each image, first the golden
+    ones, how much more like the current images than like the golden ones it is: float64 (N,).
+    """
+    labels = torch.cat([golden.labels, current.labels])
+    is_current = torch.arange(len(labels)) >= len(golden.labels)
+    classes = 1 + int(max(labels.max(), fit.labels.max()))
+    kernels = {}
+    for name in ("features", "statistics"):
+        values = torch.cat([getattr(golden, name), getattr(current, name)])
+        kernels[name] = View(getattr(fit, name), fit.labels, classes).kernel(values, labels)
+    features = torch.cat([golden.features, current.features])
+    near = (torch.cdist(features, features) <= near_distance(fit.features)).double().fill_diagonal_(0)
+    scores = {name: partial(mmd, kernel) for name, kernel in kernels.items()} | {
+        "duplicates": partial(near_pairs, near)
+    }
+
+    actual = is_current.double()[None]
+    count, random = round(40 / alpha) - 1, data.generator("permutations")
+    at_least = dict.fromkeys(scores, 1)  # the actual choice is one of the permutations
+    for start in range(0, count, 500):
+        chosen = permutations(labels, is_current, min(500, count - start), random)
+        for name, score in scores.items():
+            at_least[name] += int((score(chosen) >= score(actual)).sum())
+    ps = {name: number / (count + 1) for name, number in at_least.items()}
+    kernel = kernels[min(kernels, key=ps.get)]
+    return ps, kernel @ (actual[0] / actual.sum() - (1 - actual[0]) / (1 - actual).sum())
+
+
+# ---- golden set and served images ------------------------------------------------------------------------------------
+
+SETTINGS = ("model", "sampler", "steps", "spacing", "eta", "guidance")  # served images with others are not judged
+GOLDEN_SEED = 2**40  # of the first golden image: unlike the small numbers that people choose
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden set. Its first fifth is for choosing coordinates and distances, the rest is what is compared."""
+
+    source: str
+    images: Measured
+    classes: tuple[str, ...]
+    facts: dict  # how a model made them; {} for other pictures
+
+
+def make_reference(args: argparse.Namespace) -> None:
+    """Draws the golden set of a model into a folder: reference.json, images.npz and a picture."""
+    if (args.out / "reference.json").exists():
+        raise InputError(f"--out {args.out} has a golden set already; choose another folder")
+    path, which = sample.find_model(args.model)
+    device = sample.choose_device(args.device)
+    model = sample.load(path, device, sample.choose_precision(device, args.precision))
+    chosen = {flag.dest: getattr(args, flag.dest) for flag in sample.DRAW_FLAGS[3:]}
+    request = sample.DrawRequest(n=args.n, seed=GOLDEN_SEED, classes=None, **chosen)
+    table, config = request.table(model.schedule), model.network.config
+    print(f"{which}: {model.shape[2]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
+    labels, seeds = zip(*request.images(config), strict=True)
+    pixels = draw_all(model, seeds, table, labels, args.guidance)
+    labels = torch.tensor([label or 0 for label in labels])
+    images = measure(load_features(), pixels, labels, [f"seed {seed}" for seed in seeds])
+    np.savez(encoded := io.BytesIO(), **{name: np.asarray(values) for name, values in vars(images).items()})
+    data.atomic_write(args.out / "images.npz", lambda file: file.write(encoded.getvalue()))
+    data.write_png(args.out / "grid.png", data.grid(pixels[:64]))
+    content = {
+        "schema": SCHEMA,
+        "features": FEATURES_HASH,
+        "images": hashlib.sha256(encoded.getvalue()).hexdigest(),
+        "classes": [sample.class_name(config, label) for label in range(config.class_count)],
+        "duplicates": near_distance(images.features[: args.n // 5]),
+        "facts": {"guidance": args.guidance, **request.facts(model, len(table))},
+    }
+    data.write_json(args.out / "reference.json", content)  # last: it makes the folder a golden set
+    print(f"wrote {args.n} images to {args.out}")
+
+
+def read_golden(source: str, network: Features, size: int | None = None) -> Golden:
+    """Reads what make_reference wrote, or other pictures at a size."""
+    file = Path(source) / "images.npz"
+    if not file.exists():
+        side = size or 64
+        images, _ = read_images(source, (3, side, side))
+        images = random_subset(images, len(images.pixels))
+        return Golden(source, measure(network, images.pixels, images.labels), images.classes, {})
+    kept = data.read_json(file.with_name("reference.json"))
+    with data.disk_errors(f"read {file}"):
+        encoded = file.read_bytes()
+    found = SCHEMA, FEATURES_HASH, hashlib.sha256(encoded).hexdigest()
+    if found != (kept.get("schema"), kept.get("features"), kept.get("images")):
+        raise InputError(f"{file} is damaged, or of another version; make it again with `monitor.py reference`")
+    with np.load(io.BytesIO(encoded), allow_pickle=False) as arrays:
+        values = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "names"}
+        images = Measured(**values, names=arrays["names"])
+    return Golden(source, images, tuple(kept["classes"]), kept["facts"])
+
+
+def served_records(store: data.ServedImages) -> list[tuple]:
+    """Returns (file, facts) of each served image, oldest first."""
+    records = [record for day in store.days() for record in store.records(day)]
+    return sorted(records, key=lambda record: float(record[1]["time"]))
+
+
+def comparable(records: list[tuple], golden: Golden) -> list[tuple]:
+    """Keeps the records of images that were made as the golden set was, each seed of a class once."""
+    wanted = {key: golden.facts[key] for key in SETTINGS if key in golden.facts}
+    kept = {}
+    for file, facts in records:
+        label = facts.get("class")
+        same = wanted == {key: facts.get(key, wanted[key] if key == "guidance" else None) for key in wanted}
+        if same and (label in golden.classes or not golden.classes):
+            kept.setdefault((str(label), str(facts.get("seed"))), (file, facts))
+    return list(kept.values())
+
+
+def read_served(
+    store: data.ServedImages, records: Iterable[tuple], golden: Golden, most: int, network: Features
+) -> tuple[Measured, int]:
+    """Reads up to `most` images. Returns them, and the number of those that are damaged or of another size."""
+    shape = golden.images.pixels.shape[1:]
+    pixels, labels, names, unreadable = [torch.empty(0, *shape, dtype=torch.uint8)], [], [], 0
+    for file, facts in records:
+        if len(names) == most:
+            break
+        with suppress(FileNotFoundError):  # deleted in the meantime
+            image = store.read(file)
+            if image is None or image.shape != shape:
+                unreadable += 1
+                continue
+            pixels.append(torch.from_numpy(image.copy())[None])
+            labels.append(golden.classes.index(facts["class"]) if golden.classes else 0)
+            names.append(f"{file.parent.name}/{file.name}")
+    return measure(network, torch.cat(pixels), torch.tensor(labels, dtype=torch.int64), names), unreadable
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+REPORT = Path(__file__).parent / "web/report.html"
+
+
+def write_report(page: Path, document: dict, json_file: Path | None = None) -> None:
+    """Writes a document as a page of its own and, if asked, as JSON. docs/monitoring.md describes its fields."""
+    version = f"{data.VERSION}, commit {data.git_commit() or 'unknown'}, torch {torch.__version__}"
+    made = {"time": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()), "Papilio": version}
+    document = document | {"schema": SCHEMA, "facts": document["facts"] | made}
+    if json_file:
+        data.write_json(json_file, document)
+    text = json.dumps(document, allow_nan=False).replace("<", "\\u003c")  # no text can end the script element
+    html = REPORT.read_text(encoding="utf-8").replace("{{document}}", text)
+    data.atomic_write(page, lambda file: file.write(html.encode()))
+    print(f"wrote {page}")
+
+
+def pictures(title: str, images: Measured) -> dict:
+    items = []
+    for pixels, name in zip(images.pixels, images.names, strict=True):
+        png = base64.b64encode(data.encode_png(data.grid(pixels[None], padding=0))).decode()
+        items.append({"caption": str(name), "source": f"data:image/png;base64,{png}"})
+    return {"title": title, "items": items}
+
+
+def requests_table(records: list[tuple], count: int) -> dict:
+    """Compares what the newest images are with as many before: another mix of requests is no drift."""
+    parts = [[facts for _, facts in part] for part in (records[-2 * count : -count], records[-count:])]
+    rows = []
+    for key in ("class", "steps", "sampler", "guidance", "model"):
+        counts = [Counter(str(facts.get(key, "-"))[:40] for facts in part) for part in parts]
+        rows += [[key, value, counts[0][value], counts[1][value]] for value in counts[0] | counts[1]]
+    columns = ["", "", f"{len(parts[0])} images before", f"newest {len(parts[1])} images"]
+    return {"title": "Requests: news, not drift", "columns": columns, "rows": rows}
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """Returns the 95% interval of a share (Wilson 1927)."""
+    z = 1.96
+    half = z * math.sqrt(part * (whole - part) / whole + z * z / 4)
+    return tuple((part + z * z / 2 + side) / (whole + z * z) for side in (-half, half))
+
+
+def votes_table(store: data.ServedImages) -> dict:
+    """Counts votes by model."""
+    lines = [line for day in store.days() for line in store.lines(day)]
+    votes = Counter((str(line.get("model"))[:12], line["vote"]) for line in lines if line.get("vote") in ("up", "down"))
+    rows = []
+    for model in sorted({model for model, _ in votes}):
+        ups, count = votes[model, "up"], votes[model, "up"] + votes[model, "down"]
+        low, high = wilson(ups, count)
+        rows.append([model, count, f"{ups / count:.1%}", f"{low:.1%} to {high:.1%}"])
+    return {"title": "Votes", "columns": ["model", "votes", "up", "95% interval"], "rows": rows}
+
+
+def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
+    """Returns the tables, histograms and pictures of a report, the statistics that changed most first.
+
+    The golden mean is that of images whose classes are mixed like the current ones.
+    """
+    classes = 1 + int(max(golden.labels.max(), current.labels.max()))
+    before = class_means(golden.statistics, golden.labels, classes)[current.labels].mean(0)
+    now = current.statistics.mean(0)
+    change = (now - before) / golden.statistics.std(0).clamp(min=1e-3)
+    order = change.abs().argsort(descending=True).tolist()
+    rows = [[STATISTICS[i], *(f"{float(column[i]):.3f}" for column in (before, now, change))] for i in order]
+    histograms = []
+    for i in order[:3]:
+        lines = {"golden": golden.statistics[:, i].tolist(), "current": current.statistics[:, i].tolist()}
+        histograms.append({"title": STATISTICS[i], "lines": lines})
+    of_golden, of_current = unusual.split([len(golden.labels), len(current.labels)])
+    columns = ["", "golden", "current", "change in standard deviations"]
+    return {
+        "tables": [{"title": "Statistics: they explain", "columns": columns, "rows": rows}],
+        "histograms": histograms,
+        "pictures": [
+            pictures("Most unusual of the current images", current.rows(of_current.topk(8).indices)),
+            pictures("Most typical of the golden set", golden.rows(of_golden.topk(8, largest=False).indices)),
+        ],
+    }
+
+
+def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> tuple[dict, dict]:
+    """Returns findings {kind: text, "" if all is well} and the document of a report.
+
+    Raises InputError if there are too few images for a test.
+    """
+    fifth = len(golden.images.labels) // 5
+    fit, compared = (golden.images.rows(part) for part in (slice(fifth), slice(fifth, None)))
+    compared = compared.rows(torch.isin(compared.labels, current.labels))
+    readable, findings = len(current.labels), {"damaged": ""}
+    if unreadable > (readable + unreadable) / 100:
+        findings["damaged"] = f"Damaged: {unreadable} of {readable + unreadable} images are damaged or of another size."
+    document = {"verdict": findings["damaged"], "tables": []}
+    if min(readable, len(compared.labels)) >= LEAST:
+        ps, unusual = compare(fit, compared, current, alpha)
+        adjusted = holm(ps)
+        evidence = f"smallest adjusted p {min(adjusted.values()):.2g}, alarm at {alpha:g}"
+        document = explain(compared, current, unusual)
+        verdict = f"In control: chance explains how {readable} images differ from the golden set ({evidence})."
+        tests = ", ".join(name for name, p in adjusted.items() if p <= alpha)
+        findings["drift"] = ""
+        if tests:
+            moved = ", ".join(f"{row[0]} {row[3]}" for row in document["tables"][0]["rows"][:3])
+            verdict = f"Drift: {readable} images differ from the golden set in {tests} ({evidence}). Changed most, in "
+            findings["drift"] = verdict = f"{verdict}standard deviations: {moved}."
+        rows = [[name, f"{p:.4f}", f"{adjusted[name]:.4f}"] for name, p in ps.items()]
+        document["tables"].insert(0, {"title": "Tests: they decide", "columns": ["", "p", "adjusted p"], "rows": rows})
+        document["verdict"] = f"{verdict} {findings['damaged']}".strip()
+        document["p"] = min(adjusted.values())
+    elif not findings["damaged"]:
+        raise InputError(
+            f"a test needs {LEAST} images on each side, and there are {readable} that were made like the golden set, "
+            f"and {len(compared.labels)} in {golden.source} to compare them with"
+        )
+    facts = {"golden set": golden.source, "features": FEATURES_HASH, "alpha": alpha, **golden.facts}
+    return findings, document | {"alarm": any(findings.values()), "facts": facts}
+
+
+def look(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
+    """Judges up to args.n of the chosen served images. Returns what `judge` does."""
+    store = data.ServedImages(Path(args.subject))
+    findings, document = judge(golden, *read_served(store, chosen, golden, args.n, network), args.alpha)
+    document["tables"] += [requests_table(records, args.n), votes_table(store)]
+    return findings, document | {"title": f"Images served from {args.subject}"}
+
+
+def report_drift(args: argparse.Namespace) -> int:
+    """Judges the newest served images, or a set of pictures. Returns 1 if something is wrong."""
+    network = load_features()
+    golden = read_golden(args.reference, network, args.size)
+    store = data.ServedImages(Path(args.subject))
+    if store.folder.is_dir() and store.days():
+        records = served_records(store)
+        findings, document = look(args, golden, network, records, reversed(comparable(records, golden)))
+    else:
+        images, _ = read_images(args.subject, golden.images.pixels.shape[1:])
+        if images.classes != golden.classes:  # without common names they say nothing
+            golden.images.labels.zero_()
+            images = replace(images, labels=None)
+        findings, document = judge(golden, measure(network, images.pixels, images.labels), 0, args.alpha)
+        document["title"] = f"{args.subject} against {args.reference}"
+    print(document["verdict"])
+    write_report(args.out, document, args.json)
+    return int(document["alarm"])
+
+
+# ---- replay ----------------------------------------------------------------------------------------------------------
+
+# Largest RMS difference, in levels of 255, between an image and the same drawn again. With the default model, batches
+# of 1 and of 4 differ by 0.01 in fp32 and by 0.6 in bf16; fp32 and bf16 differ by 0.9.
+ROUNDING = {"fp32": 0.25, "bf16": 2.0, "fp16": 2.0}
+
+
+class Unreachable(InputError):
+    """A server that gives no usable answer."""
+
+    status = 3
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: it would take a token or a secret address elsewhere."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
+def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None) -> tuple:
+    """Returns headers and body of a response. Raises OSError, HTTPException or ValueError."""
+    opener = urllib.request.build_opener(NoRedirects)
+    with opener.open(urllib.request.Request(url, body, headers or {}), timeout=60) as response:
+        return response.headers, response.read()
+
+
+def request_of(facts: dict) -> sample.DrawRequest:
+    """Returns the request for one served image. Raises KeyError if facts are missing."""
+    spacing = {"default": None}.get(facts["spacing"], facts["spacing"])
+    label, guidance = facts.get("class"), facts.get("guidance", 1.0)
+    return sample.DrawRequest(
+        1, facts["seed"], label, guidance, facts["sampler"], facts["steps"], spacing, facts["eta"]
+    )
+
+
+def redraw_over_http(address: str, facts: dict) -> tuple[str, np.ndarray]:
+    """Asks a server for the image with given facts. Returns the hash of its model, and uint8 (C, H, W)."""
+    wanted, headers = vars(request_of(facts)), {}
+    changed = {flag.dest: wanted[flag.dest] for flag in sample.DRAW_FLAGS if wanted[flag.dest] != flag.default}
+    query = urllib.parse.urlencode({sample.HTTP_NAMES.get(name, name): value for name, value in changed.items()})
+    if "PAPILIO_TOKEN" in os.environ:
+        headers["Authorization"] = f"Bearer {os.environ['PAPILIO_TOKEN']}"
+    try:
+        answer, body = fetch(f"{address.rstrip('/')}/generate_sample/?{query}", headers=headers)
+        return answer["X-Model-Hash"], data.decode_png(io.BytesIO(body))[:, 2:-2, 2:-2]  # without the grid's border
+    except (OSError, HTTPException, SyntaxError) as error:
+        raise Unreachable(f"--url {address} gave no image: {data.reason(error)}; is it `python server.py`?") from error
+
+
+def redraw_here(load: Callable, facts: dict) -> tuple[str, np.ndarray]:
+    """Draws the image with given facts. Returns the hash of the model, and uint8 (C, H, W)."""
+    model, request = load(facts["precision"]), request_of(facts)
+    labels, seeds = zip(*request.images(model.network.config), strict=True)
+    images = sample.draw(model, seeds, request.table(model.schedule), labels, guidance=request.guidance)
+    return model.hash, images[0].numpy()
+
+
+def difference(image: np.ndarray | None, facts: dict, redraw: Callable) -> str:
+    """Returns how a served image differs from the same drawn again, "" if only by rounding."""
+    if image is None:
+        return "damaged"
+    try:
+        model, again = redraw(facts)
+        limit = ROUNDING[facts["precision"]]
+    except Unreachable:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # the line of the log is damaged
+        return f"cannot be drawn again: {data.reason(error)}"
+    if (model, again.shape) != (facts["model"], image.shape):
+        return f"was made by model {facts['model'][:12]}, and this one is {model[:12]}"
+    rms = np.sqrt(np.square(again.astype(float) - image).mean())
+    return f"differs by {rms:.1f} levels (RMS)" if rms > limit else ""
+
+
+def report_replay(args: argparse.Namespace) -> int:
+    """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
+    store = data.ServedImages(Path(args.subject))
+    with data.disk_errors(f"read {args.subject}", "name the folder of `server.py --save`"):
+        records = [(file, facts) for file, facts in served_records(store) if os.path.lexists(file)]
+    if args.url:
+        hashes, redraw = [facts.get("model") for _, facts in records[-1:]], partial(redraw_over_http, args.url)
+    else:
+        path, which = sample.find_model(args.model)
+        print(which)
+        load = functools.cache(partial(sample.load, path, sample.choose_device(args.device)))
+        hashes, redraw = [sample.read_model(path).hash], partial(redraw_here, load)
+    same_model = [(file, facts) for file, facts in records if facts.get("model") in hashes]
+    if not same_model:
+        raise InputError(f"{args.subject}: of {len(records)} served images, none was made by this model; name another")
+    chosen = np.linspace(0, len(same_model) - 1, min(args.n, len(same_model))).round().astype(int)
+    wrong = 0
+    for file, facts in (same_model[i] for i in chosen):
+        with suppress(FileNotFoundError):  # deleted in the meantime
+            if text := difference(store.read(file), facts, redraw):
+                wrong += 1
+                print(f"{file} {text}")
+    others = len(records) - len(same_model)
+    print(f"{len(chosen)} images were drawn again and {wrong} differ; other models made {others} others")
+    return int(wrong > 0)
+
+
+# ---- watch -----------------------------------------------------------------------------------------------------------
+
+SETTLE = 60  # seconds: images that are younger may not all be written yet
+QUIET = {"drift": 3, "damaged": 3, "stale": 1}  # looks without an alarm that end an episode
+WATCH_METRICS = {
+    "papilio_watch_looks_total": "Looks at the served images.",
+    "papilio_watch_alarm": "1 during an episode of this kind: drift, damaged or stale.",
+    "papilio_watch_unsent_messages": "Messages that the webhook has not taken yet.",
+    "papilio_watch_timestamp_seconds": "When the folder was last examined.",
+}
+
+
+def web_address(text: str) -> str:
+    """Parses the address of a webhook; it is secret, so no message repeats it."""
+    with suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return text
+    raise argparse.ArgumentTypeError("this is no address that begins with http:// or https://")
+
+
+def send(webhook: str, text: str) -> bool:
+    """Sends a message in Slack's format, three times if need be. Returns whether it was taken."""
+    body = json.dumps({"text": text}).encode()
+    for pause in (1, 4, 0):
+        try:
+            fetch(webhook, body, {"Content-Type": "application/json"})
+            return True
+        except (OSError, HTTPException, ValueError) as error:  # its text may contain the address
+            print(f"the webhook took no message ({type(error).__name__} {getattr(error, 'code', '')})", file=sys.stderr)
+            time.sleep(pause)
+    return False
+
+
+def update_episodes(episodes: dict, findings: dict) -> list[str]:
+    """Opens and closes episodes by the findings {kind: text, "" if all is well}. Returns the messages to send."""
+    messages = []
+    for kind, text in findings.items():
+        if text:
+            if kind not in episodes:
+                messages.append(text)
+            episodes[kind] = 0  # quiet looks
+        elif kind in episodes:
+            episodes[kind] += 1
+            if episodes[kind] == QUIET[kind]:
+                del episodes[kind]
+                messages.append(f"Recovered: no more sign of {kind}.")
+    return messages
+
+
+def examine(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
+    """Looks at the images that came since the last look, if they are enough. Returns findings."""
+    now, records = time.time(), served_records(data.ServedImages(Path(args.subject)))
+    newest = max([state["started"], *(float(facts["time"]) for _, facts in records[-1:])])
+    stale = f"Stale: no image was saved in {args.subject} for {args.stale} hours."
+    findings = {"stale": stale if now - newest > args.stale * 3600 else ""}
+    fresh = [pair for pair in comparable(records, golden) if state["last"] < float(pair[1]["time"]) < now - SETTLE]
+    if len(fresh) < args.n:
+        return findings
+    judged, document = look(args, golden, network, records, reversed(fresh))
+    state |= {"last": float(fresh[-1][1]["time"]), "looks": state["looks"] + 1}
+    state["history"] = [*state["history"], [now, document.get("p")]][-1000:]
+    document["series"] = [
+        {"title": "Smallest adjusted p of each look", "log": True, "time": True, "lines": {"p": state["history"]}}
+    ]
+    name = "report.html"
+    if document["alarm"]:
+        name = time.strftime("alarm-%Y-%m-%d-%H%M%S.html", time.gmtime(now))
+    write_report(args.out / name, document)
+    print(document["verdict"], flush=True)
+    return findings | judged
+
+
+def read_state(file: Path, golden: Golden) -> dict:
+    """Reads what an earlier process left, or begins."""
+    state = {"schema": SCHEMA, "golden": golden.facts, "started": time.time(), "last": 0.0, "looks": 0}
+    state |= {"episodes": {}, "unsent": [], "history": []}
+    if not file.exists():
+        return state
+    kept = data.read_json(file)
+    if kept.keys() != state.keys() or (kept["schema"], kept["golden"]) != (SCHEMA, golden.facts):
+        raise InputError(f"{file} is of another reference or version; choose another --out")
+    return kept
+
+
+def report_watch(args: argparse.Namespace) -> int:
+    """Looks at served images again and again, and says when something begins and ends. Returns 1 during an episode."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    network, file = load_features(), args.out / "state.json"
+    golden = read_golden(args.reference, network)
+    state = read_state(file, golden)
+    while True:
+        state["unsent"] += update_episodes(state["episodes"], examine(args, golden, network, state))
+        data.write_json(file, state)  # before sending: a restart sends what was not sent
+        for text in list(state["unsent"]):
+            print(text, flush=True)
+            if not args.webhook or send(args.webhook, text):
+                state["unsent"].remove(text)
+        data.write_json(file, state)
+        numbers = {labelled("papilio_watch_alarm", kind=kind): kind in state["episodes"] for kind in QUIET}
+        numbers["papilio_watch_looks_total"] = state["looks"]
+        numbers["papilio_watch_unsent_messages"] = len(state["unsent"])
+        numbers["papilio_watch_timestamp_seconds"] = time.time()
+        write_textfile(args.out / "papilio.prom", numbers)
+        if not args.every:
+            return int(bool(state["episodes"]))
+        time.sleep(args.every)
+
+
+def write_textfile(file: Path, numbers: dict) -> None:
+    """Writes metrics for the textfile collector of Prometheus' node exporter."""
+    data.atomic_write(file, lambda opened: opened.write(exposition(WATCH_METRICS, numbers).encode()))
 
 
 # ---- telemetry of the server -----------------------------------------------------------------------------------------
@@ -422,14 +988,19 @@ class Metrics:
     def page(self, gauges: dict) -> str:
         with self.lock:
             numbers = self.numbers | gauges
-        lines = []
-        for name, sentence in METRICS.items():
-            lines += [f"# HELP {name} {sentence}", f"# TYPE {name} {metric_type(name)}"]
-            names = [name]
-            if metric_type(name) == "histogram":
-                names = [f"{name}_bucket", f"{name}_sum", f"{name}_count"]
-            lines += [f"{key} {value:.15g}" for key, value in numbers.items() if key.partition("{")[0] in names]
-        return "\n".join([*lines, ""])
+        return exposition(METRICS, numbers)
+
+
+def exposition(metrics: dict, numbers: dict) -> str:
+    """Returns numbers {name and labels: value} in Prometheus text format 0.0.4, with the help texts of `metrics`."""
+    lines = []
+    for name, sentence in metrics.items():
+        lines += [f"# HELP {name} {sentence}", f"# TYPE {name} {metric_type(name)}"]
+        names = [name]
+        if metric_type(name) == "histogram":
+            names = [f"{name}_bucket", f"{name}_sum", f"{name}_count"]
+        lines += [f"{key} {value:.15g}" for key, value in numbers.items() if key.partition("{")[0] in names]
+    return "\n".join([*lines, ""])
 
 
 def gauges(server) -> dict:
@@ -514,28 +1085,91 @@ QUALITY_FLAGS = {
         sample.DEVICE_FLAGS[0],
     ],
 }  # fmt: skip
+REFERENCE_FLAGS = {
+    "golden set": [
+        sample.MODEL_FLAG,
+        Flag("-n", 1280, whole(5 * LEAST, 100_000), "images to draw; a fifth is not compared with"),
+        Flag("--out", Path("reference"), Path, "folder to write"),
+        *sample.DRAW_FLAGS[3:],
+        *sample.DEVICE_FLAGS,
+    ],
+}
+LOOK_FLAGS = [
+    Flag("--reference", "reference", str, "golden set: folder of `monitor.py reference`, or pictures"),
+    Flag("-n", 256, whole(LEAST, 100_000), "served images of a look"),
+]  # fmt: skip
+ALPHA = "false alarms per look without any drift"
+DRIFT_FLAGS = {
+    "drift": [
+        *LOOK_FLAGS,
+        Flag("--alpha", 0.01, real(1e-5, 0.5), ALPHA),
+        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels (default: 64, or as the golden set)"),
+        Flag("--out", Path("drift.html"), Path, "report to write"),
+        Flag("--json", None, Path, "also write the report as JSON"),
+    ],
+}  # fmt: skip
+REPLAY_FLAGS = {
+    "replay": [
+        Flag("-n", 32, whole(1, 100_000), "served images to draw again, evenly over time"),
+        Flag("--url", None, web_address, "let this server draw them; $PAPILIO_TOKEN is its token",
+             {"metavar": "URL"}),
+        sample.MODEL_FLAG,
+        sample.DEVICE_FLAGS[0],
+    ],
+}  # fmt: skip
+WATCH_FLAGS = {
+    "watch": [
+        *LOOK_FLAGS,
+        Flag("--alpha", 0.001, real(1e-5, 0.5), ALPHA),
+        Flag("--every", 3600, whole(0, 10**6), "seconds between two looks; 0: look once"),
+        Flag("--stale", 24, whole(1, 10_000), "hours without a new image that are an alarm"),
+        Flag("--webhook", None, web_address, "send messages to this address, in Slack's format", {"metavar": "URL"}),
+        Flag("--out", Path("watch"), Path, "folder for reports, state and papilio.prom, a textfile for Prometheus"),
+    ],
+}  # fmt: skip
+
+
+SERVED = "folder of `server.py --save`"
+COMMANDS = {  # name: (function, what it does, its subject, its flags)
+    "quality": (
+        report_quality,
+        "how close images are to real ones: KID with its 95% interval, FD, number of near-copies",
+        "run, model folder, or images as for --real (default: the newest run, or the default model)",
+        QUALITY_FLAGS,
+    ),
+    "reference": (make_reference, "draw the golden set of a model, for drift and watch", None, REFERENCE_FLAGS),
+    "drift": (
+        report_drift,
+        "whether images are still like a golden set; the exit status is 1 if not",
+        f"{SERVED}, or pictures of any other origin",
+        DRIFT_FLAGS,
+    ),
+    "replay": (report_replay, "whether served images come out the same when drawn again", SERVED, REPLAY_FLAGS),
+    "watch": (report_watch, "drift again and again, with messages when it begins and ends", SERVED, WATCH_FLAGS),
+}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = data.Parser("monitor.py", "Evaluate images and models.", __doc__)
+    parser = data.Parser("monitor.py", "Evaluate and watch images and models.", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    text = "how close images are to real ones: KID with its 95% interval, FD, number of near-copies"
-    command = commands.add_parser("quality", help=text.replace("%", "%%"), description=text, docstring=__doc__)
-    command.set_defaults(work=report_quality)
-    command.add_argument(
-        "subject",
-        nargs="?",
-        metavar="SUBJECT",
-        help="run, model folder, or images as for --real (default: the newest run, or the default model)",
-    )
-    data.add_flags(command, QUALITY_FLAGS)
+    for name, (work, text, subject, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=text.replace("%", "%%"), description=text, docstring=__doc__)
+        command.set_defaults(work=work)
+        if subject:
+            nargs = "?" if name == "quality" else None
+            command.add_argument("subject", nargs=nargs, metavar="SUBJECT", help=subject)
+        data.add_flags(command, flags)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     sample.set_threads()
-    return data.exit_status(lambda: args.work(args))
+    try:
+        return data.exit_status(lambda: args.work(args))
+    except Exception:  # exit status 1 would mean drift
+        traceback.print_exc()
+        return 3
 
 
 if __name__ == "__main__":

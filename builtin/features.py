@@ -1,138 +1,116 @@
-"""Trains the feature extractor of monitor.py: the script that made `features.safetensors`.
+"""What images are compared by: the features of a pinned network, and statistics that people can name.
 
-    python -m builtin.features
-
-It was run once and is kept for reading. A new file would have other features, and no earlier measurement of quality
-would be comparable with later ones.
+Neither may change, because measurements of different versions are compared. `builtin/train_features.py` made the file.
 """
 
 import hashlib
-import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 import data
-import monitor
 import unet
-from builtin import butterflies
+from data import InputError
 
-STEPS, BATCH, SEED = 2000, 64, 1
-
-
-def blur(images: Tensor, severity: Tensor) -> Tensor:
-    """Gaussian, up to 3 pixels of 64."""
-    sigma = (0.3 + 2.7 * severity)[:, None]
-    kernel = torch.exp(-(torch.arange(-7, 8) ** 2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3 B, 15)
-    flat = F.pad(images.flatten(0, 1)[None], (7, 7, 7, 7), mode="replicate")
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel))
-    return F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))[0].unflatten(0, (-1, 3))
+FEATURES = Path(__file__).parent / "features.safetensors"
+FEATURES_HASH = "a3daaf4402247b69d568ca1730fa2f0524006d7d2ef808b7127dc9ce8bc2840d"
 
 
-def noise(images: Tensor, severity: Tensor) -> Tensor:
-    return images + 0.3 * severity[:, None, None, None] * torch.randn_like(images)
+class Features(nn.Module):
+    """Maps uint8 images (N, 1 or 3, H, W) to float32 (N, 128), standardised on synthetic butterflies.
 
+    `builtin/train_features.py` trained it to classify the families of synthetic butterflies and to estimate how much
+    each had been damaged. It scales images to 64 x 64 pixels, so it does not see the finest detail of larger ones.
+    """
 
-def cast(images: Tensor, severity: Tensor) -> Tensor:
-    """A gain and a shift of each colour."""
-    severity = severity[:, None, None, None]
-    size = (len(images), 3, 1, 1)
-    return images * (1 + 0.3 * severity * torch.randn(size)) + 0.2 * severity * torch.randn(size)
-
-
-def warp(images: Tensor, severity: Tensor) -> Tensor:
-    """Smooth displacements, like those of a badly learnt shape."""
-    coarse = 0.15 * severity[:, None, None, None] * torch.randn(len(images), 2, 6, 6)
-    offsets = F.interpolate(coarse, images.shape[2:], mode="bicubic").permute(0, 2, 3, 1)
-    grid = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid + offsets, padding_mode="border", align_corners=False)
-
-
-def seam(images: Tensor, severity: Tensor) -> Tensor:
-    """Blends in the right half of another specimen, more visibly with more severity."""
-    severity = severity[:, None, None, None]
-    mixed = images * (1 - severity) + images.roll(1, 0) * severity
-    return torch.cat([images[..., :32], mixed[..., 32:]], dim=-1)
-
-
-def blocks(images: Tensor, severity: Tensor) -> Tensor:
-    """Offsets cells of 4 x 4 pixels against each other."""
-    coarse = 0.3 * severity[:, None, None, None] * torch.randn(len(images), 3, 16, 16)
-    return images + F.interpolate(coarse, scale_factor=4, mode="nearest")
-
-
-DAMAGES = (blur, noise, cast, warp, seam, blocks)
-
-
-def batch(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uint8 images of a step, their labels, and severities of the damages (B, 6), a third of them above 0."""
-    torch.manual_seed(data.generator(SEED, "damage", step).initial_seed())
-    rows = torch.randint(len(images), (BATCH,))
-    done = torch.rand(BATCH, len(DAMAGES)) * (torch.rand(BATCH, len(DAMAGES)) < 1 / 3)
-    x = data.to_float(data.flip(images[rows], SEED, step))
-    for i, damage in enumerate(DAMAGES):
-        x = torch.where(done[:, i, None, None, None] > 0, damage(x, done[:, i]), x)
-    return data.to_uint8(x), labels[rows], done
-
-
-class Trained(nn.Module):
-    """The extractor with two heads and with batch norms, which are folded into its convolutions at the end."""
+    SIDE = 64
+    LAYERS = ((32, 1), (48, 2), (64, 1), (96, 2), (96, 1), (128, 2), (128, 1))  # channels, stride
 
     def __init__(self):
         super().__init__()
-        self.inner = monitor.Features()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.inner.convs)
-        self.whiten = nn.BatchNorm1d(self.norms[-1].num_features, affine=False)
-        self.heads = nn.Linear(self.norms[-1].num_features, len(butterflies.FAMILIES) + len(DAMAGES))
+        widths = [3, *(width for width, _ in self.LAYERS)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, width, 3, stride, padding=1)
+            for before, (width, stride) in zip(widths, self.LAYERS, strict=False)
+        )
+        self.register_buffer("mean", torch.zeros(widths[-1]))
+        self.register_buffer("std", torch.ones(widths[-1]))
 
     def forward(self, images: Tensor) -> Tensor:
-        h = data.to_float(images)
-        for conv, norm in zip(self.inner.convs, self.norms, strict=True):
-            h = F.relu(norm(conv(h)))
-        return self.heads(self.whiten(h.mean((2, 3))))
-
-    def folded(self) -> monitor.Features:
-        for i, norm in enumerate(self.norms):
-            self.inner.convs[i] = fuse_conv_bn_eval(self.inner.convs[i].eval(), norm.eval())
-        return self.inner.eval()
+        h = data.to_float(images).expand(-1, 3, -1, -1)
+        if h.shape[2:] != (self.SIDE, self.SIDE):
+            h = F.interpolate(h, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        for conv in self.convs:
+            h = F.relu(conv(h))
+        return (h.mean((2, 3)) - self.mean) / self.std
 
 
-def main() -> None:
-    dataset = data.prepare(f"synthetic:8192:{SEED}", monitor.Features.SIDE, channels=3)
-    images, labels = torch.from_numpy(dataset.images), torch.from_numpy(dataset.labels)
-    torch.manual_seed(SEED)
-    network = Trained().train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    bar = tqdm(range(STEPS))
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / STEPS)) / 2
-        x, families, done = batch(images, labels, step)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = network(x)
-        output = output.float()
-        classes = F.cross_entropy(output[:, : -len(DAMAGES)], families)
-        severities = F.mse_loss(output[:, -len(DAMAGES) :], done)
-        (classes + 5 * severities).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 99:
-            bar.write(f"step {step + 1}: families {classes:.3f}, damages {severities:.4f} (of {done.var():.4f})")
-
-    network = network.eval().folded()
-    with torch.no_grad():
-        # Weights in half precision, as they are saved; then mean and deviation over undamaged butterflies.
-        network.convs.half().float()
-        features = monitor.features_of(network, images)
-        network.std.copy_(features.std(0).clamp(min=1e-3))
-        network.mean.copy_(features.mean(0))
-    tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    data.atomic_write(monitor.FEATURES, lambda file: unet.write_safetensors(tensors, file))
-    print(f"wrote {monitor.FEATURES}: {hashlib.sha256(monitor.FEATURES.read_bytes()).hexdigest()}")
+def load_features() -> Features:
+    """Reads the pinned extractor. Raises InputError if its file is missing or another one."""
+    with data.disk_errors(f"read {FEATURES}"):
+        found = hashlib.sha256(FEATURES.read_bytes()).hexdigest()
+    if found != FEATURES_HASH:
+        raise InputError(
+            f"{FEATURES} is not the file of this version; restore it, because numbers are comparable only with that one"
+        )
+    network = Features()
+    tensors = unet.read_safetensors(FEATURES)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-if __name__ == "__main__":
-    main()
+def features_of(network: Features, images: Tensor) -> Tensor:
+    """Returns the features of uint8 (N, C, H, W) images: float64 (N, 128)."""
+    return torch.cat([network(part) for part in images.split(64)]).double()
+
+
+STATISTICS = (
+    "brightness",
+    "contrast",
+    "saturation",
+    "red",  # more than the mean of the three colours
+    "blue",
+    "black",  # share of pixels
+    "white",
+    "sharpness",  # logarithm of the Laplacian's mean square
+    "grain",  # share of it that a 3 x 3 mean removes
+    "blocks",  # share of horizontal differences that are at the borders of JPEG's 8 x 8 blocks
+    "border brightness",  # of the outer 2 pixels
+    "border colour",  # their saturation
+    "asymmetry",  # mean difference from the mirror image
+)
+
+
+def statistics_of(images: Tensor) -> Tensor:
+    """Returns the STATISTICS of uint8 (N, C, H, W) images: float64 (N, 13). Colours are between 0 and 1."""
+    return torch.cat([_statistics(part) for part in images.split(64)])
+
+
+def _statistics(images: Tensor) -> Tensor:
+    x = images.double().expand(-1, 3, -1, -1) / 255
+    luma, colour = x.mean(1), x.amax(1) - x.amin(1)
+    differences = luma.diff(dim=2).abs().mean(1)  # (N, W - 1)
+    laplacian = 4 * luma - sum(luma.roll(shift, side) for shift in (-1, 1) for side in (1, 2))
+    laplacian = laplacian[:, 1:-1, 1:-1]
+    energy = laplacian.square().mean((1, 2)) + 1e-6
+    smooth = F.avg_pool2d(laplacian, 3, 1).square().mean((1, 2))
+    border = torch.ones(luma.shape[1:], dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    columns = (
+        luma.mean((1, 2)),
+        luma.std((1, 2)),
+        colour.mean((1, 2)),
+        (x[:, 0] - luma).mean((1, 2)),
+        (x[:, 2] - luma).mean((1, 2)),
+        (luma < 0.04).double().mean((1, 2)),
+        (luma > 0.96).double().mean((1, 2)),
+        energy.log(),
+        1 - smooth / energy,
+        differences[:, 7::8].sum(1) / (differences.sum(1) + 1e-6),
+        luma[:, border].mean(1),
+        colour[:, border].mean(1),
+        (luma - luma.flip(-1)).abs().mean((1, 2)),
+    )
+    return torch.stack(columns, 1)

@@ -222,7 +222,7 @@ def test_votes_are_counted_once(folder, tmp_path):
     lines = [json.loads(line) for log in day.glob("*.jsonl") for line in log.read_text().splitlines()]
     votes = {line["image"]: (line["vote"], line["model"]) for line in lines if "vote" in line}
     assert votes == {name: (vote, model) for name, vote in zip(names, ("up", "down", "up", "up", "down"), strict=True)}
-    assert {facts["file"] for facts, _ in store.read(day)} == {f"{name}.png" for name in names}
+    assert {facts["file"] for facts, _ in saved_images(store)} == {f"{name}.png" for name in names}
 
 
 def test_only_finished_images_can_be_voted_on(folder):
@@ -1320,7 +1320,7 @@ def test_what_was_saved_is_read_back(tmp_path):
     assert store.save("first", [(colour, {"seed": 5}), (grey, {"seed": 6})]) == ([], [])
     store.save("second", [(grey, {})])
     (day,) = store.days()
-    found = list(data.ServedImages(tmp_path, 10**7).read(day))
+    found = saved_images(data.ServedImages(tmp_path))
     names = [("first", 5), ("first", 6), ("second", None)]
     assert [(facts["request"], facts.get("seed")) for facts, _ in found] == names
     for (_, pixels), saved in zip(found, (colour, grey, grey), strict=True):
@@ -1329,7 +1329,30 @@ def test_what_was_saved_is_read_back(tmp_path):
     (day / "second-0.png").unlink()
     with open(next(day.glob("*.jsonl")), "a") as log:
         log.write("[" * 100_000 + '\n{"file": "../../x.png", "request": "../../x"}\n{"request": 3}\n{"file": "thi')
-    assert [pixels is None for _, pixels in store.read(day)] == [False, True]
+    assert [pixels is None for _, pixels in saved_images(store)] == [False, True]
+
+
+def test_links_and_pipes_in_the_folder_are_not_opened(tmp_path):
+    """A link to a picture elsewhere, a pipe that nobody writes to, and links in place of a log and of a day."""
+    store = data.ServedImages(tmp_path / "saved", 10**7)
+    store.save("first", [(noise(k), {}) for k in range(3)])
+    (day,) = store.days()
+    (log,) = store.logs(day)
+    (tmp_path / "elsewhere.png").write_bytes((day / "first-0.png").read_bytes())
+    for name in ("first-0.png", "first-1.png"):
+        (day / name).unlink()
+    (day / "first-0.png").symlink_to(tmp_path / "elsewhere.png")
+    os.mkfifo(day / "first-1.png")
+    (day / "1-00000000.jsonl").symlink_to(log)
+    os.mkfifo(day / "2-00000000.jsonl")
+    (day.parent / "2020-01-01").symlink_to(day)
+    assert [pixels is None for _, pixels in saved_images(store)] == [True, True, False]
+
+
+def saved_images(store) -> list[tuple]:
+    """Returns (facts, pixels) of the images that still exist."""
+    records = [record for day in store.days() for record in store.records(day)]
+    return [(facts, store.read(file)) for file, facts in records if os.path.lexists(file)]
 
 
 def saved(folder) -> list[str]:
@@ -1353,10 +1376,8 @@ def test_at_the_limit_an_even_sample_of_the_day_stays(tmp_path, monkeypatch):
     kept = [int(name[-9:-6]) for name in saved(tmp_path)]
     assert len(kept) > 20 and len(kept) + len(set(reported)) == 600
     assert np.histogram(kept, 3, (0, 600))[0].min() > 0.15 * len(kept)
-    (day,) = stores[0].days()
-    assert [facts["seed"] for facts, _ in stores[0].read(day)] != [] and all(
-        np.array_equal(pixels, noise(facts["seed"])) for facts, pixels in stores[0].read(day)
-    )
+    found = saved_images(stores[0])
+    assert found and all(np.array_equal(pixels, noise(facts["seed"])) for facts, pixels in found)
 
 
 def test_the_oldest_day_makes_room_image_by_image(tmp_path, monkeypatch):
@@ -1483,8 +1504,7 @@ def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(tmp_path, monkeypa
         (error,), _ = store.save_vote({"image": "first-0", "vote": "up"})
         assert "No space left" in str(error)
     assert store.save("second", [(noise(1), {})]) == ([], [])
-    (day,) = store.days()
-    assert [facts["request"] for facts, _ in store.read(day)] == ["first", "second"]
+    assert [facts["request"] for facts, _ in saved_images(store)] == ["first", "second"]
 
 
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
