@@ -492,6 +492,23 @@ class ServedImages:
             day.rmdir()
 
 
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: it would take a token or a secret address elsewhere."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
+def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None) -> tuple:
+    """Returns headers and body of a response. Raises OSError, HTTPException or ValueError."""
+    opener = urllib.request.build_opener(NoRedirects)
+    with opener.open(urllib.request.Request(url, body, headers or {}), timeout=60) as response:
+        return response.headers, response.read()
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 

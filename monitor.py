@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import signal
 import sys
@@ -26,7 +25,7 @@ import traceback
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import ddpm
@@ -165,30 +163,19 @@ def quality(network: Features, images: Tensor, real: Tensor, training: Tensor | 
 UNSEEN = "synthetic:4096:2147483648"  # no run is trained on this seed unless it asks for it
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images of one size, their source and, if there are any, their classes."""
-
-    source: str
-    fingerprint: str
-    pixels: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor | None
-    classes: tuple[str, ...]
-
-    def rows(self, rows: Tensor) -> "Images":
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, pixels=self.pixels[rows], labels=labels)
-
-
-def read_images(source: str, shape: tuple, revision: str | None = None) -> tuple[Images, data.Dataset]:
+def read_images(source: str, shape: tuple, revision: str | None = None) -> data.Dataset:
     """Reads a source of data.prepare at a shape (channels, height, width)."""
-    dataset = data.prepare(source, shape[1], channels=shape[0], revision=revision)
-    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
-    pixels = torch.from_numpy(dataset.images)
-    return Images(dataset.source, dataset.fingerprint, pixels, labels, dataset.classes), dataset
+    return data.prepare(source, shape[1], channels=shape[0], revision=revision)
 
 
-def random_subset(images: Images, count: int) -> Images:
+def choose(dataset: data.Dataset, rows: np.ndarray | Tensor) -> data.Dataset:
+    """Keeps some images of a dataset, in this order."""
+    rows = np.asarray(rows)
+    labels = None if dataset.labels is None else dataset.labels[rows]
+    return replace(dataset, images=dataset.images[rows], labels=labels)
+
+
+def random_subset(images: data.Dataset, count: int) -> data.Dataset:
     """Chooses at most `count` images at random.
 
     Synthetic images have equally many of each family, so that a subset of them varies less than a random set, and KID
@@ -196,27 +183,29 @@ def random_subset(images: Images, count: int) -> Images:
     """
     random = data.generator("some", data.original_name(images.source))
     if not data.is_synthetic(images.source):
-        return images.rows(torch.randperm(len(images.pixels), generator=random)[:count])
-    count = min(count, len(images.pixels) // 2)
+        return choose(images, torch.randperm(len(images.images), generator=random)[:count])
+    count = min(count, len(images.images) // 2)
     times = torch.randint(len(images.classes), (count,), generator=random).bincount()
-    return images.rows(torch.cat([(images.labels == k).nonzero()[:number, 0] for k, number in enumerate(times)]))
+    rows = [np.flatnonzero(images.labels == k)[:number] for k, number in enumerate(times.tolist())]
+    return choose(images, np.concatenate(rows))
 
 
-def unseen_synthetic(shape: tuple) -> Images:
+def unseen_synthetic(shape: tuple) -> data.Dataset:
     """Returns 2,000 synthetic images with a seed that no model was trained on."""
-    return random_subset(read_images(UNSEEN, shape)[0], 2000)
+    return random_subset(read_images(UNSEEN, shape), 2000)
 
 
-def images_of_run(run: Path, shape: tuple) -> tuple[Images, Images]:
+def images_of_run(run: Path, shape: tuple) -> tuple[data.Dataset, data.Dataset]:
     """Reads what a run was trained on, and images that it has not seen: held out, or new synthetic ones."""
     config = data.read_json(run / "config.json")
-    settings, kept = config.get("settings"), config.get("data")
-    if not isinstance(settings, dict) or not isinstance(kept, dict) or not isinstance(kept.get("source"), str):
-        raise InputError(f"{run / 'config.json'} is not the config.json of a run; name images with --real")
-    images, dataset = read_images(kept["source"], shape, settings.get("revision"))
-    if images.fingerprint != kept.get("fingerprint"):
-        raise InputError(f"{kept['source']} is not what it was for {run}; name other images with --real and --train")
-    training, held_out = (images.rows(torch.from_numpy(rows)) for rows in data.split(dataset))
+    try:
+        source, fingerprint = config["data"]["source"], config["data"]["fingerprint"]
+        images = read_images(source, shape, config["settings"].get("revision"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{run / 'config.json'} is not the config.json of a run; name images with --real") from error
+    if images.fingerprint != fingerprint:
+        raise InputError(f"{source} is not what it was for {run}; name other images with --real and --train")
+    training, held_out = (choose(images, rows) for rows in data.split(images))
     if data.is_synthetic(images.source):
         return training, unseen_synthetic(shape)
     return training, held_out
@@ -230,40 +219,13 @@ def references(args: argparse.Namespace, path: Path, shape: tuple) -> tuple:
     elif path.resolve() == sample.DEFAULT_MODEL.resolve() and not args.real:  # trained on synthetic butterflies
         real = unseen_synthetic(shape)
     if args.train:
-        training, _ = read_images(args.train, shape)
+        training = read_images(args.train, shape)
     if args.real:
-        real, _ = read_images(args.real, shape)
-        real = random_subset(real, len(real.pixels))
+        real = read_images(args.real, shape)
+        real = random_subset(real, len(real.images))
     if real is None:
         raise InputError(f"{path} does not tell which images it should be like; name them with --real")
     return training, real
-
-
-def draw_all(
-    model: sample.Model, seeds: Sequence[int], table: Tensor, labels: Sequence, guidance: float = 1.0
-) -> Tensor:
-    """Draws images with these seeds and labels, in batches of 32, with a progress bar."""
-    images = []
-    for start in tqdm(range(0, len(seeds), 32), desc="sampling", unit="batch", disable=None):
-        part = slice(start, start + 32)
-        images.append(sample.draw(model, seeds[part], table, labels[part], guidance=guidance, batch_size=32))
-    return torch.cat(images)
-
-
-def sample_like(model: sample.Model, seed: int, count: int, real: Images, table: Tensor | None = None) -> Tensor:
-    """Draws `count` images with the default sampler, or a table of ddpm.sampler_table.
-
-    A model with classes draws them as often as the real images have them, or equally often if those have others.
-    """
-    config, labels = model.network.config, []
-    if table is None:
-        table = ddpm.sampler_table(model.schedule)
-    if config.class_count:
-        known = torch.arange(config.class_count)
-        if real.classes == config.class_names:
-            known = real.labels
-        labels = known[torch.randint(len(known), (count,), generator=data.generator("classes", seed))].tolist()
-    return draw_all(model, range(seed, seed + count), table, labels)
 
 
 def read_subject(args: argparse.Namespace) -> tuple:
@@ -274,10 +236,10 @@ def read_subject(args: argparse.Namespace) -> tuple:
     is_model = any((path / name).exists() for name in ("model", "unet", "config.json"))
     if not is_model:
         size = args.size or 64
-        images, _ = read_images(args.subject, (3, size, size))
+        images = read_images(args.subject, (3, size, size))
         training, real = references(args, path, (3, size, size))
         made_by = {"source": images.source, "fingerprint": images.fingerprint}
-        return random_subset(images, args.n).pixels, training, real, made_by
+        return torch.from_numpy(random_subset(images, args.n).images), training, real, made_by
     device = sample.choose_device(args.device)
     model = sample.load(path, device, sample.choose_precision(device))
     _, height, width = model.shape
@@ -293,22 +255,25 @@ def read_subject(args: argparse.Namespace) -> tuple:
         "sampler": ddpm.DEFAULT_SAMPLER,
         "steps": ddpm.DEFAULT_STEPS,
     }
-    return sample_like(model, args.seed, args.n, real), training, real, made_by
+    images = sample.draw_like(model, args.seed, args.n, real)
+    return images, training, real, made_by
 
 
 def report_quality(args: argparse.Namespace) -> None:
     """Prints the quality of the images and, for comparison, of as many training images."""
     network = load_features()
     images, training, real, made_by = read_subject(args)
-    if min(len(images), len(real.pixels)) < 3:
+    if min(len(images), len(real.images)) < 3:
         raise InputError(
             f"quality needs at least 3 images on each side, and there are {len(images)} to evaluate and "
-            f"{len(real.pixels)} to compare with; ask for more with -n, or name others with --real"
+            f"{len(real.images)} to compare with; ask for more with -n, or name others with --real"
         )
-    rows = {"images": quality(network, images, real.pixels, training and training.pixels)}
+    real_pixels, training_pixels = (part and torch.from_numpy(part.images) for part in (real, training))
+    rows = {"images": quality(network, images, real_pixels, training_pixels)}
     if training:
-        rows["training images"] = quality(network, random_subset(training, len(images)).pixels, real.pixels)
-    print(f"{made_by['source']} against {len(real.pixels):,} images of {real.source}")
+        some = torch.from_numpy(random_subset(training, len(images)).images)
+        rows["training images"] = quality(network, some, real_pixels)
+    print(f"{made_by['source']} against {len(real.images):,} images of {real.source}")
     for name, row in rows.items():
         print(f"{name:17}{row}")
     if args.json:
@@ -339,41 +304,34 @@ class Measured:
         return Measured(**{name: values[rows] for name, values in vars(self).items()})
 
 
-def measure(network: Features, pixels: Tensor, labels: Tensor | None = None, names: Sequence[str] = ()) -> Measured:
+def measure(network: Features, pixels: Tensor, labels: Sequence[int], names: Sequence[str]) -> Measured:
     """Computes features and statistics of uint8 (N, C, H, W) images."""
-    if labels is None:
-        labels = torch.zeros(len(pixels), dtype=torch.int64)
-    names = np.array(names or [f"image {i}" for i in range(len(pixels))], dtype=str)
+    labels, names = torch.tensor(labels, dtype=torch.int64), np.array(names, dtype=str)
     return Measured(pixels, labels, features_of(network, pixels), statistics_of(pixels), names)
 
 
+def measure_dataset(network: Features, dataset: data.Dataset) -> Measured:
+    count = len(dataset.images)
+    labels = np.zeros(count) if dataset.labels is None else dataset.labels
+    return measure(network, torch.from_numpy(dataset.images), labels, [f"image {i}" for i in range(count)])
+
+
 def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Returns the mean of values (N, d) in each class, or of all values if a class has none: (classes, d)."""
-    of_class = [values[labels == k] for k in range(classes)]
-    return torch.stack([(own if len(own) else values).mean(0) for own in of_class])
+    """Returns the mean of values (N, d) in each class: (classes, d)."""
+    sums = torch.zeros(classes, values.shape[1], dtype=values.dtype).index_add_(0, labels, values)
+    return sums / labels.bincount(minlength=classes).clamp(min=1)[:, None]
 
 
-class View:
-    """Coordinates in which images are compared, fitted to images that are not compared.
+def gaussian_kernel(fit: Tensor, values: Tensor) -> Tensor:
+    """Returns the kernel of each pair of values (N, d): (N, N) with a zero diagonal.
 
-    The mean of an image's class is subtracted, so that another mix of classes is no difference. Columns are scaled to a
-    standard deviation of 1, and at most 32 principal components are kept. The kernel is Gaussian.
+    Scales, at most 32 principal components, and the bandwidth, a median distance, are those of `fit` (M, d).
     """
-
-    def __init__(self, values: Tensor, labels: Tensor, classes: int):
-        self.means = class_means(values, labels, classes)
-        centred = values - self.means[labels]
-        self.std = centred.std(0).clamp(min=1e-3)
-        self.directions = torch.linalg.svd(centred / self.std, full_matrices=False).Vh[:COMPONENTS].T
-        self.bandwidth = torch.pdist(self(values, labels)).median()
-
-    def __call__(self, values: Tensor, labels: Tensor) -> Tensor:
-        return (values - self.means[labels]) / self.std @ self.directions
-
-    def kernel(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Returns the kernel of each pair of values (N, d): (N, N) with a zero diagonal."""
-        values = self(values, labels)
-        return torch.exp(-0.5 * (torch.cdist(values, values) / self.bandwidth).square()).fill_diagonal_(0)
+    mean, std = fit.mean(0), fit.std(0).clamp(min=1e-3)
+    directions = torch.linalg.svd((fit - mean) / std, full_matrices=False).Vh[:COMPONENTS].T
+    fit, values = ((part - mean) / std @ directions for part in (fit, values))
+    distances = torch.cdist(values, values) / torch.pdist(fit).median()
+    return torch.exp(-0.5 * distances.square()).fill_diagonal_(0)
 
 
 def near_distance(features: Tensor) -> float:
@@ -425,33 +383,31 @@ def holm(ps: dict) -> dict:
 def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) -> tuple[dict, Tensor]:
     """Tests whether current images are distributed like golden ones of the same classes. `fit` is part of neither.
 
-    Features and statistics are compared by MMD, the number of near-duplicates among the current images with that among
-    as many random ones. Returns {test: p-value}, from 40 / alpha permutations; and for each image, first the golden
-    ones, how much more like the current images than like the golden ones it is: float64 (N,).
+    Features and statistics are compared by MMD, without the mean of each class; the number of near-duplicates among the
+    current images with that among as many random ones. Returns {test: p-value}, from 40 / alpha permutations, and for
+    each image, golden ones first, how much more it is like the current images than like the golden ones: float64 (N,).
     """
     labels = torch.cat([golden.labels, current.labels])
-    is_current = torch.arange(len(labels)) >= len(golden.labels)
-    classes = 1 + int(max(labels.max(), fit.labels.max()))
-    kernels = {}
+    current_rows = torch.arange(len(labels)) >= len(golden.labels)
+    scores, kernels = {}, {}
     for name in ("features", "statistics"):
         values = torch.cat([getattr(golden, name), getattr(current, name)])
-        kernels[name] = View(getattr(fit, name), fit.labels, classes).kernel(values, labels)
+        fitted = getattr(fit, name)
+        means = class_means(fitted, fit.labels, 1 + int(max(labels.max(), fit.labels.max())))
+        kernels[name] = gaussian_kernel(fitted - means[fit.labels], values - means[labels])
+        scores[name] = partial(mmd, kernels[name])
     features = torch.cat([golden.features, current.features])
-    near = (torch.cdist(features, features) <= near_distance(fit.features)).double().fill_diagonal_(0)
-    scores = {name: partial(mmd, kernel) for name, kernel in kernels.items()} | {
-        "duplicates": partial(near_pairs, near)
-    }
-
-    actual = is_current.double()[None]
-    count, random = round(40 / alpha) - 1, data.generator("permutations")
-    at_least = dict.fromkeys(scores, 1)  # the actual choice is one of the permutations
+    near = torch.cdist(features, features) <= near_distance(fit.features)
+    scores["duplicates"] = partial(near_pairs, near.double().fill_diagonal_(0))
+    actual, count = current_rows.double()[None], round(40 / alpha) - 1
+    random, at_least = data.generator("permutations"), dict.fromkeys(scores, 1)  # 1: the actual choice itself
     for start in range(0, count, 500):
-        chosen = permutations(labels, is_current, min(500, count - start), random)
+        chosen = permutations(labels, current_rows, min(500, count - start), random)
         for name, score in scores.items():
             at_least[name] += int((score(chosen) >= score(actual)).sum())
     ps = {name: number / (count + 1) for name, number in at_least.items()}
-    kernel = kernels[min(kernels, key=ps.get)]
-    return ps, kernel @ (actual[0] / actual.sum() - (1 - actual[0]) / (1 - actual).sum())
+    weights = actual[0] / actual.sum() - (1 - actual[0]) / (1 - actual).sum()
+    return ps, kernels[min(kernels, key=ps.get)] @ weights
 
 
 # ---- golden set and served images ------------------------------------------------------------------------------------
@@ -482,9 +438,8 @@ def make_reference(args: argparse.Namespace) -> None:
     table, config = request.table(model.schedule), model.network.config
     print(f"{which}: {model.shape[2]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
     labels, seeds = zip(*request.images(config), strict=True)
-    pixels = draw_all(model, seeds, table, labels, args.guidance)
-    labels = torch.tensor([label or 0 for label in labels])
-    images = measure(load_features(), pixels, labels, [f"seed {seed}" for seed in seeds])
+    pixels = sample.draw_all(model, seeds, table, labels, guidance=args.guidance)
+    images = measure(load_features(), pixels, [label or 0 for label in labels], [f"seed {seed}" for seed in seeds])
     np.savez(encoded := io.BytesIO(), **{name: np.asarray(values) for name, values in vars(images).items()})
     data.atomic_write(args.out / "images.npz", lambda file: file.write(encoded.getvalue()))
     data.write_png(args.out / "grid.png", data.grid(pixels[:64]))
@@ -505,9 +460,9 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
     file = Path(source) / "images.npz"
     if not file.exists():
         side = size or 64
-        images, _ = read_images(source, (3, side, side))
-        images = random_subset(images, len(images.pixels))
-        return Golden(source, measure(network, images.pixels, images.labels), images.classes, {})
+        images = read_images(source, (3, side, side))
+        images = random_subset(images, len(images.images))
+        return Golden(source, measure_dataset(network, images), images.classes, {})
     kept = data.read_json(file.with_name("reference.json"))
     with data.disk_errors(f"read {file}"):
         encoded = file.read_bytes()
@@ -521,8 +476,8 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
 
 
 def served_records(store: data.ServedImages) -> list[tuple]:
-    """Returns (file, facts) of each served image, oldest first."""
-    records = [record for day in store.days() for record in store.records(day)]
+    """Returns (file, facts) of each served image that has not been deleted, oldest first."""
+    records = [record for day in store.days() for record in store.records(day) if os.path.lexists(record[0])]
     return sorted(records, key=lambda record: float(record[1]["time"]))
 
 
@@ -531,10 +486,9 @@ def comparable(records: list[tuple], golden: Golden) -> list[tuple]:
     wanted = {key: golden.facts[key] for key in SETTINGS if key in golden.facts}
     kept = {}
     for file, facts in records:
-        label = facts.get("class")
-        same = wanted == {key: facts.get(key, wanted[key] if key == "guidance" else None) for key in wanted}
-        if same and (label in golden.classes or not golden.classes):
-            kept.setdefault((str(label), str(facts.get("seed"))), (file, facts))
+        made = {"guidance": 1.0, "class": None, **facts}
+        if wanted == {key: made.get(key) for key in wanted} and (not golden.classes or made["class"] in golden.classes):
+            kept.setdefault(f"{made['class']} {made.get('seed')}", (file, facts))
     return list(kept.values())
 
 
@@ -555,7 +509,7 @@ def read_served(
             pixels.append(torch.from_numpy(image.copy())[None])
             labels.append(golden.classes.index(facts["class"]) if golden.classes else 0)
             names.append(f"{file.parent.name}/{file.name}")
-    return measure(network, torch.cat(pixels), torch.tensor(labels, dtype=torch.int64), names), unreadable
+    return measure(network, torch.cat(pixels), labels, names), unreadable
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -649,33 +603,32 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
     fifth = len(golden.images.labels) // 5
     fit, compared = (golden.images.rows(part) for part in (slice(fifth), slice(fifth, None)))
     compared = compared.rows(torch.isin(compared.labels, current.labels))
-    readable, findings = len(current.labels), {"damaged": ""}
+    readable, findings, document = len(current.labels), {"damaged": ""}, {"tables": []}
     if unreadable > (readable + unreadable) / 100:
         findings["damaged"] = f"Damaged: {unreadable} of {readable + unreadable} images are damaged or of another size."
-    document = {"verdict": findings["damaged"], "tables": []}
     if min(readable, len(compared.labels)) >= LEAST:
         ps, unusual = compare(fit, compared, current, alpha)
-        adjusted = holm(ps)
+        adjusted, document = holm(ps), explain(compared, current, unusual)
         evidence = f"smallest adjusted p {min(adjusted.values()):.2g}, alarm at {alpha:g}"
-        document = explain(compared, current, unusual)
         verdict = f"In control: chance explains how {readable} images differ from the golden set ({evidence})."
-        tests = ", ".join(name for name, p in adjusted.items() if p <= alpha)
         findings["drift"] = ""
-        if tests:
+        if min(adjusted.values()) <= alpha:
+            tests = ", ".join(name for name, p in adjusted.items() if p <= alpha)
             moved = ", ".join(f"{row[0]} {row[3]}" for row in document["tables"][0]["rows"][:3])
-            verdict = f"Drift: {readable} images differ from the golden set in {tests} ({evidence}). Changed most, in "
-            findings["drift"] = verdict = f"{verdict}standard deviations: {moved}."
+            findings["drift"] = verdict = (
+                f"Drift: {readable} images differ from the golden set in {tests} ({evidence}). "
+                f"Changed most, in standard deviations: {moved}."
+            )
         rows = [[name, f"{p:.4f}", f"{adjusted[name]:.4f}"] for name, p in ps.items()]
         document["tables"].insert(0, {"title": "Tests: they decide", "columns": ["", "p", "adjusted p"], "rows": rows})
-        document["verdict"] = f"{verdict} {findings['damaged']}".strip()
-        document["p"] = min(adjusted.values())
+        document |= {"verdict": f"{verdict} {findings['damaged']}", "p": min(adjusted.values())}
     elif not findings["damaged"]:
         raise InputError(
             f"a test needs {LEAST} images on each side, and there are {readable} that were made like the golden set, "
             f"and {len(compared.labels)} in {golden.source} to compare them with"
         )
     facts = {"golden set": golden.source, "features": FEATURES_HASH, "alpha": alpha, **golden.facts}
-    return findings, document | {"alarm": any(findings.values()), "facts": facts}
+    return findings, {"verdict": findings["damaged"], "alarm": any(findings.values()), "facts": facts, **document}
 
 
 def look(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
@@ -695,11 +648,11 @@ def report_drift(args: argparse.Namespace) -> int:
         records = served_records(store)
         findings, document = look(args, golden, network, records, reversed(comparable(records, golden)))
     else:
-        images, _ = read_images(args.subject, golden.images.pixels.shape[1:])
+        images = read_images(args.subject, golden.images.pixels.shape[1:])
         if images.classes != golden.classes:  # without common names they say nothing
             golden.images.labels.zero_()
             images = replace(images, labels=None)
-        findings, document = judge(golden, measure(network, images.pixels, images.labels), 0, args.alpha)
+        findings, document = judge(golden, measure_dataset(network, images), 0, args.alpha)
         document["title"] = f"{args.subject} against {args.reference}"
     print(document["verdict"])
     write_report(args.out, document, args.json)
@@ -719,58 +672,30 @@ class Unreachable(InputError):
     status = 3
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: it would take a token or a secret address elsewhere."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
-def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None) -> tuple:
-    """Returns headers and body of a response. Raises OSError, HTTPException or ValueError."""
-    opener = urllib.request.build_opener(NoRedirects)
-    with opener.open(urllib.request.Request(url, body, headers or {}), timeout=60) as response:
-        return response.headers, response.read()
-
-
-def request_of(facts: dict) -> sample.DrawRequest:
-    """Returns the request for one served image. Raises KeyError if facts are missing."""
-    spacing = {"default": None}.get(facts["spacing"], facts["spacing"])
-    label, guidance = facts.get("class"), facts.get("guidance", 1.0)
-    return sample.DrawRequest(
-        1, facts["seed"], label, guidance, facts["sampler"], facts["steps"], spacing, facts["eta"]
-    )
-
-
 def redraw_over_http(address: str, facts: dict) -> tuple[str, np.ndarray]:
     """Asks a server for the image with given facts. Returns the hash of its model, and uint8 (C, H, W)."""
-    wanted, headers = vars(request_of(facts)), {}
-    changed = {flag.dest: wanted[flag.dest] for flag in sample.DRAW_FLAGS if wanted[flag.dest] != flag.default}
-    query = urllib.parse.urlencode({sample.HTTP_NAMES.get(name, name): value for name, value in changed.items()})
-    if "PAPILIO_TOKEN" in os.environ:
-        headers["Authorization"] = f"Bearer {os.environ['PAPILIO_TOKEN']}"
+    usual = {"spacing": "default", "guidance": 1}
+    names = ("seed", "class", "guidance", "sampler", "steps", "spacing", "eta")
+    query = {name: facts[name] for name in names if name in facts and facts[name] != usual.get(name)}
+    headers = {"Authorization": f"Bearer {os.environ.get('PAPILIO_TOKEN', '')}"}
     try:
-        answer, body = fetch(f"{address.rstrip('/')}/generate_sample/?{query}", headers=headers)
+        url = f"{address.rstrip('/')}/generate_sample/?{urllib.parse.urlencode(query)}"
+        answer, body = data.fetch(url, headers=headers)
         return answer["X-Model-Hash"], data.decode_png(io.BytesIO(body))[:, 2:-2, 2:-2]  # without the grid's border
     except (OSError, HTTPException, SyntaxError) as error:
         raise Unreachable(f"--url {address} gave no image: {data.reason(error)}; is it `python server.py`?") from error
 
 
-def redraw_here(load: Callable, facts: dict) -> tuple[str, np.ndarray]:
-    """Draws the image with given facts. Returns the hash of the model, and uint8 (C, H, W)."""
-    model, request = load(facts["precision"]), request_of(facts)
-    labels, seeds = zip(*request.images(model.network.config), strict=True)
-    images = sample.draw(model, seeds, request.table(model.schedule), labels, guidance=request.guidance)
-    return model.hash, images[0].numpy()
-
-
-def difference(image: np.ndarray | None, facts: dict, redraw: Callable) -> str:
+def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callable) -> str:
     """Returns how a served image differs from the same drawn again, "" if only by rounding."""
-    if image is None:
-        return "damaged"
     try:
+        image = store.read(file)
+        if image is None:
+            return "is damaged"
         model, again = redraw(facts)
         limit = ROUNDING[facts["precision"]]
+    except FileNotFoundError:  # deleted in the meantime
+        return ""
     except Unreachable:
         raise
     except (KeyError, TypeError, ValueError) as error:  # the line of the log is damaged
@@ -785,27 +710,30 @@ def report_replay(args: argparse.Namespace) -> int:
     """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
     store = data.ServedImages(Path(args.subject))
     with data.disk_errors(f"read {args.subject}", "name the folder of `server.py --save`"):
-        records = [(file, facts) for file, facts in served_records(store) if os.path.lexists(file)]
+        records = served_records(store)
     if args.url:
-        hashes, redraw = [facts.get("model") for _, facts in records[-1:]], partial(redraw_over_http, args.url)
+        model_hash = records and records[-1][1].get("model")
     else:
         path, which = sample.find_model(args.model)
         print(which)
         load = functools.cache(partial(sample.load, path, sample.choose_device(args.device)))
-        hashes, redraw = [sample.read_model(path).hash], partial(redraw_here, load)
-    same_model = [(file, facts) for file, facts in records if facts.get("model") in hashes]
-    if not same_model:
+        model_hash = sample.read_model(path).hash
+
+    def redraw(facts: dict) -> tuple[str, np.ndarray]:
+        if args.url:
+            return redraw_over_http(args.url, facts)
+        model = load(facts["precision"])
+        return model.hash, sample.draw_again(model, facts).numpy()
+
+    made_by_it = [(file, facts) for file, facts in records if facts.get("model") == model_hash]
+    if not made_by_it:
         raise InputError(f"{args.subject}: of {len(records)} served images, none was made by this model; name another")
-    chosen = np.linspace(0, len(same_model) - 1, min(args.n, len(same_model))).round().astype(int)
-    wrong = 0
-    for file, facts in (same_model[i] for i in chosen):
-        with suppress(FileNotFoundError):  # deleted in the meantime
-            if text := difference(store.read(file), facts, redraw):
-                wrong += 1
-                print(f"{file} {text}")
-    others = len(records) - len(same_model)
-    print(f"{len(chosen)} images were drawn again and {wrong} differ; other models made {others} others")
-    return int(wrong > 0)
+    chosen = np.linspace(0, len(made_by_it) - 1, min(args.n, len(made_by_it))).round().astype(int)
+    results = {file: difference(store, file, facts, redraw) for file, facts in (made_by_it[i] for i in chosen)}
+    wrong = [f"{file} {text}" for file, text in results.items() if text]
+    others = len(records) - len(made_by_it)
+    print(*wrong, f"{len(results)} images drawn again, {len(wrong)} differ; other models made {others} more", sep="\n")
+    return int(bool(wrong))
 
 
 # ---- watch -----------------------------------------------------------------------------------------------------------
@@ -821,12 +749,10 @@ WATCH_METRICS = {
 
 
 def web_address(text: str) -> str:
-    """Parses the address of a webhook; it is secret, so no message repeats it."""
-    with suppress(ValueError):
-        parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname:
-            return text
-    raise argparse.ArgumentTypeError("this is no address that begins with http:// or https://")
+    """Checks a flag. No message repeats the address, which may be secret."""
+    if re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[!-~]*)?", text):
+        return text
+    raise argparse.ArgumentTypeError("this is no address like https://host/path")
 
 
 def send(webhook: str, text: str) -> bool:
@@ -834,7 +760,7 @@ def send(webhook: str, text: str) -> bool:
     body = json.dumps({"text": text}).encode()
     for pause in (1, 4, 0):
         try:
-            fetch(webhook, body, {"Content-Type": "application/json"})
+            data.fetch(webhook, body, {"Content-Type": "application/json"})
             return True
         except (OSError, HTTPException, ValueError) as error:  # its text may contain the address
             print(f"the webhook took no message ({type(error).__name__} {getattr(error, 'code', '')})", file=sys.stderr)
@@ -883,14 +809,13 @@ def examine(args: argparse.Namespace, golden: Golden, network: Features, state: 
 
 def read_state(file: Path, golden: Golden) -> dict:
     """Reads what an earlier process left, or begins."""
-    state = {"schema": SCHEMA, "golden": golden.facts, "started": time.time(), "last": 0.0, "looks": 0}
+    state = {"golden": golden.facts, "started": time.time(), "last": 0.0, "looks": 0}
     state |= {"episodes": {}, "unsent": [], "history": []}
-    if not file.exists():
-        return state
-    kept = data.read_json(file)
-    if kept.keys() != state.keys() or (kept["schema"], kept["golden"]) != (SCHEMA, golden.facts):
-        raise InputError(f"{file} is of another reference or version; choose another --out")
-    return kept
+    if file.exists():
+        state |= data.read_json(file)
+    if state["golden"] != golden.facts:
+        raise InputError(f"{file} belongs to another golden set; choose another --out")
+    return state
 
 
 def report_watch(args: argparse.Namespace) -> int:
@@ -957,7 +882,8 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 def metric_type(name: str) -> str:
     if name.endswith("_total"):
         return "counter"
-    return "histogram" if name.endswith("_seconds") else "gauge"
+    is_time = name.endswith("_seconds") and not name.endswith("_timestamp_seconds")
+    return "histogram" if is_time else "gauge"
 
 
 def labelled(name: str, **labels: str) -> str:
@@ -1003,27 +929,6 @@ def exposition(metrics: dict, numbers: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def gauges(server) -> dict:
-    """Returns the gauges of a server.Server and of its process."""
-    engine = server.engine
-    with engine.lock:
-        model, jobs = engine.model, list(engine.jobs)
-    numbers = {
-        "papilio_batch_capacity": engine.batch,
-        "papilio_queue_requests": len(jobs),
-        "papilio_queue_steps": sum(job.work for job in jobs),
-        "papilio_queue_capacity_steps": engine.room(server.seconds),
-        "papilio_connections": len(server.connections),
-        "papilio_worker_up": engine.alive(),
-    }
-    if server.store:
-        numbers["papilio_saved_bytes"] = server.store.bytes
-    if model:
-        key = labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
-        numbers[key] = 1
-    return numbers | process_gauges()
-
-
 def process_gauges() -> dict:
     """Returns gauges of this process: CPU time, and on Linux memory and file descriptors."""
     gauges = {"process_cpu_seconds_total": time.process_time()}
@@ -1034,40 +939,6 @@ def process_gauges() -> dict:
     if torch.cuda.is_available():
         gauges["papilio_gpu_memory_bytes"] = torch.cuda.memory_allocated()
     return gauges
-
-
-LOG_AS_JSON = threading.Event()
-LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
-
-
-def log(text: str, **fields) -> None:
-    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters.
-
-    With --log json it is a JSON object, which also has the given fields.
-    """
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    text = re.sub(r"[^ -~]+", " ", text)[-1000:]
-    line = f"{now} {text}\n"
-    if LOG_AS_JSON.is_set():
-        line = json.dumps({"time": now, "message": text, **fields}) + "\n"
-    with suppress(queue.Full):
-        LOG.put_nowait(line)
-
-
-def write_log() -> None:
-    """Writes queued lines. The server runs it in a thread of its own, because a full pipe blocks."""
-    while True:
-        line = LOG.get()
-        with suppress(OSError, ValueError):  # stderr may be closed
-            sys.stderr.write(line)
-            sys.stderr.flush()
-        LOG.task_done()
-
-
-def wait_until_done(tasks: queue.Queue, seconds: float) -> None:
-    """Waits for `seconds` until all tasks of a queue are done."""
-    with tasks.all_tasks_done:
-        tasks.all_tasks_done.wait_for(lambda: not tasks.unfinished_tasks, seconds)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -321,6 +321,34 @@ def draw(
     return torch.stack([drawing.pixels for drawing in drawings])
 
 
+def draw_all(model: Model, seeds: Sequence[int], table: Tensor, labels: Sequence, **options) -> Tensor:
+    """Draws images as `draw` does, in batches of 32, with a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(seeds) * len(table), desc="sampling", unit="step", disable=None) as bar:
+
+        def progress(_, batch: Sequence[Drawing]) -> None:
+            bar.update(len(batch))
+
+        return draw(model, seeds, table, labels, batch_size=32, progress=progress, **options)
+
+
+def draw_like(model: Model, seed: int, count: int, like: data.Dataset, table: Tensor | None = None) -> Tensor:
+    """Draws `count` images with the default sampler, or a table of ddpm.sampler_table.
+
+    A model with classes draws them as often as the dataset has them, or equally often if that has others.
+    """
+    config, labels = model.network.config, []
+    if table is None:
+        table = ddpm.sampler_table(model.schedule)
+    if config.class_count:
+        known = torch.arange(config.class_count)
+        if like.classes == config.class_names:
+            known = torch.from_numpy(like.labels)
+        labels = known[torch.randint(len(known), (count,), generator=data.generator("classes", seed))].tolist()
+    return draw_all(model, range(seed, seed + count), table, labels)
+
+
 @dataclass(eq=False)
 class Drawing:
     """One image that is being drawn, together with others, one step at a time."""
@@ -529,6 +557,20 @@ def class_name(config: unet.UNetConfig, label: int) -> str:
     if config.class_names and label < len(config.class_names):
         return config.class_names[label]
     return str(label)
+
+
+def draw_again(model: Model, facts: dict) -> Tensor:
+    """Draws the image that has these facts, see DrawRequest.facts: uint8 (C, H, W).
+
+    Raises KeyError, TypeError or ValueError if the facts are incomplete or wrong.
+    """
+    spacing, labels = facts["spacing"], ()
+    if spacing == "default":
+        spacing = None
+    table = ddpm.sampler_table(model.schedule, facts["sampler"], facts["steps"], spacing, facts["eta"])
+    if "class" in facts:
+        labels = choose_classes(model.network.config, facts["class"])
+    return draw(model, [facts["seed"]], table, labels, guidance=facts.get("guidance", 1.0))[0]
 
 
 def grid_facts(config: unet.UNetConfig, images: list[tuple]) -> dict:

@@ -50,7 +50,6 @@ import monitor
 import sample
 import unet
 from data import Flag, InputError, real, whole
-from monitor import log
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
 MAX_TARGET = 8 * 1024  # bytes
@@ -110,7 +109,43 @@ def client_errors() -> Iterator[None]:
         raise ClientLeft from error
 
 
-threading.Thread(target=monitor.write_log, daemon=True).start()
+# ---- log -------------------------------------------------------------------------------------------------------------
+
+LOG_AS_JSON = threading.Event()
+LOG: queue.Queue = queue.Queue(maxsize=1000)  # lines to be written; if nobody reads stderr, further ones are dropped
+
+
+def log(text: str, **fields) -> None:
+    """Queues a line for stderr: the time and the last 1,000 characters of a text, without control characters.
+
+    With --log json it is a JSON object, which also has the given fields.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = re.sub(r"[^ -~]+", " ", text)[-1000:]
+    line = f"{now} {text}\n"
+    if LOG_AS_JSON.is_set():
+        line = json.dumps({"time": now, "message": text, **fields}) + "\n"
+    with suppress(queue.Full):
+        LOG.put_nowait(line)
+
+
+def write_log() -> None:
+    """Writes queued lines. The server runs it in a thread of its own, because a full pipe blocks."""
+    while True:
+        line = LOG.get()
+        with suppress(OSError, ValueError):  # stderr may be closed
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        LOG.task_done()
+
+
+def wait_until_done(tasks: queue.Queue, seconds: float) -> None:
+    """Waits for `seconds` until all tasks of a queue are done."""
+    with tasks.all_tasks_done:
+        tasks.all_tasks_done.wait_for(lambda: not tasks.unfinished_tasks, seconds)
+
+
+threading.Thread(target=write_log, daemon=True).start()
 
 # ---- reading a request -----------------------------------------------------------------------------------------------
 
@@ -647,7 +682,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_metrics(self, request: Request) -> None:
         """Metrics in the text format of Prometheus."""
-        page = self.server.metrics.page(monitor.gauges(self.server)).encode()
+        page = self.server.metrics.page(gauges(self.server)).encode()
         self.respond(200, page, "text/plain; version=0.0.4; charset=utf-8")
 
     def get_openapi(self, request: Request) -> None:
@@ -1008,8 +1043,29 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.lock.wait_for(lambda: not any(self.connections.values()), max(1, end - time.monotonic()))
         if self.store:
-            monitor.wait_until_done(self.store.waiting, 1)
+            wait_until_done(self.store.waiting, 1)
         self.server_close()
+
+
+def gauges(server: "Server") -> dict:
+    """Returns the gauges of a server and of its process."""
+    engine = server.engine
+    with engine.lock:
+        model, jobs = engine.model, list(engine.jobs)
+    numbers = {
+        "papilio_batch_capacity": engine.batch,
+        "papilio_queue_requests": len(jobs),
+        "papilio_queue_steps": sum(job.work for job in jobs),
+        "papilio_queue_capacity_steps": engine.room(server.seconds),
+        "papilio_connections": len(server.connections),
+        "papilio_worker_up": engine.alive(),
+    }
+    if server.store:
+        numbers["papilio_saved_bytes"] = server.store.bytes
+    if model:
+        key = monitor.labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
+        numbers[key] = 1
+    return numbers | monitor.process_gauges()
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1084,7 +1140,7 @@ def serve(args: argparse.Namespace) -> int:
     if sys.platform == "win32":
         raise InputError("the server needs Linux or macOS; on Windows run it in WSL or a container")
     if args.log == "json":
-        monitor.LOG_AS_JSON.set()
+        LOG_AS_JSON.set()
     tokens = read_tokens(args.token_file)
     device = sample.choose_device(args.device)
     source = args.model, device, sample.choose_precision(device, args.precision), args.model_hash
@@ -1128,7 +1184,7 @@ def serve(args: argparse.Namespace) -> int:
     for number in endings:  # a second signal exits at once; by default, PID 1 would ignore it
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     server.drain()
-    monitor.wait_until_done(monitor.LOG, 1)
+    wait_until_done(LOG, 1)
     os._exit(0 if healthy else 1)  # sys.exit would abort if a thread is still in a step or writes a line
 
 

@@ -101,16 +101,16 @@ def is_synthetic(source: str) -> bool:
     return data.is_synthetic(source)
 
 
-def real_images(folder: Path, model: sample.Model) -> monitor.Images:
+def real_images(folder: Path, model: sample.Model) -> data.Dataset:
     """Returns images that a run has not seen; for a model folder, synthetic ones."""
     if (folder / "metrics.jsonl").exists():
         return monitor.images_of_run(folder, model.shape)[1]
     return monitor.unseen_synthetic(model.shape)
 
 
-def kernel_distance(features, model: sample.Model, how: tuple, count: int, real: monitor.Images) -> monitor.Quality:
-    images = monitor.sample_like(model, 0, count, real, ddpm.sampler_table(model.schedule, *how))
-    return monitor.quality(features, images, real.pixels)
+def kernel_distance(features, model: sample.Model, how: tuple, count: int, real: data.Dataset) -> monitor.Quality:
+    images = sample.draw_like(model, 0, count, real, ddpm.sampler_table(model.schedule, *how))
+    return monitor.quality(features, images, torch.from_numpy(real.images))
 
 
 load_features = monitor.load_features

@@ -103,7 +103,7 @@ def main() -> None:
         "",
         *distances(model, labels, results.path(".png")),
         "",
-        f"KID to {len(real.pixels):,} images of {real.source}, with its 95% interval, n = {args.n}:",
+        f"KID to {len(real.images):,} images of {real.source}, with its 95% interval, n = {args.n}:",
         "",
         *kernel_distances(model, args.n, real),
         "",

@@ -123,7 +123,7 @@ def network() -> monitor.Features:
 
 
 def measured(images: Tensor, labels: Tensor) -> monitor.Measured:
-    return monitor.measure(network(), images, labels)
+    return monitor.measure(network(), images, labels.tolist(), [""] * len(images))
 
 
 def join(parts: Sequence[monitor.Measured]) -> monitor.Measured:
@@ -332,9 +332,9 @@ def checkpoints(study: Study) -> list[str]:
 
 def photographs(study: Study) -> list[str]:
     """The same shifts on photographs: one half is the golden set, choices from the other half are current."""
-    images, _ = monitor.read_images(str(study.photographs), (3, 64, 64))
-    order = torch.randperm(len(images.pixels), generator=data.generator("halves"))
-    halves = [measured(images.pixels[part], images.labels[part]) for part in order.split(len(order) // 2)]
+    images = monitor.measure_dataset(network(), monitor.read_images(str(study.photographs), (3, 64, 64)))
+    order = torch.randperm(len(images.labels), generator=data.generator("halves"))
+    halves = [images.rows(part) for part in order.split(len(order) // 2)]
     fit = len(order) // 10
     sets = Sets(*halves[:2], fit=fit, compared=len(order) // 2 - fit)
     return power_rows(sets, altered_sets(sets.fresh), SIZES)

