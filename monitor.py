@@ -323,7 +323,7 @@ def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def gaussian_kernel(fit: Tensor, values: Tensor) -> Tensor:
-    """Returns the kernel of each pair of values (N, d): (N, N) with a zero diagonal.
+    """Returns the kernel of each pair of values (N, d): float32 (N, N) with a zero diagonal.
 
     Scales, at most 32 principal components, and the bandwidth, a median distance, are those of `fit` (M, d).
     """
@@ -331,7 +331,7 @@ def gaussian_kernel(fit: Tensor, values: Tensor) -> Tensor:
     directions = torch.linalg.svd((fit - mean) / std, full_matrices=False).Vh[:COMPONENTS].T
     fit, values = ((part - mean) / std @ directions for part in (fit, values))
     distances = torch.cdist(values, values) / torch.pdist(fit).median()
-    return torch.exp(-0.5 * distances.square()).fill_diagonal_(0)
+    return torch.exp(-0.5 * distances.square()).fill_diagonal_(0).float()
 
 
 def near_distance(features: Tensor) -> float:
@@ -340,7 +340,7 @@ def near_distance(features: Tensor) -> float:
 
 
 def permutations(labels: Tensor, current: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Chooses at random as many images of each class as are current: float64 (count, N) of 0 and 1.
+    """Chooses at random as many images of each class as are current: float32 (count, N) of 0 and 1.
 
     labels (N,) are the classes; current (N,) is true for the images that are current in fact.
     """
@@ -348,8 +348,8 @@ def permutations(labels: Tensor, current: Tensor, count: int, generator: torch.G
     by_class = labels.sort().values
     sizes, wanted = labels.bincount(), labels[current].bincount(minlength=int(labels.max()) + 1)
     rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[by_class]
-    first = (rank < wanted[by_class]).double()
-    return torch.zeros(count, len(labels), dtype=torch.float64).scatter_(1, order, first.expand(count, -1))
+    first = (rank < wanted[by_class]).float()
+    return torch.zeros(count, len(labels)).scatter_(1, order, first.expand(count, -1))
 
 
 def mmd(kernel: Tensor, chosen: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) ->
 
     Features and statistics are compared by MMD, without the mean of each class; the number of near-duplicates among the
     current images with that among as many random ones. Returns {test: p-value}, from 40 / alpha permutations, and for
-    each image, golden ones first, how much more it is like the current images than like the golden ones: float64 (N,).
+    each image, golden ones first, how much more it is like the current images than like the golden ones: float32 (N,).
     """
     labels = torch.cat([golden.labels, current.labels])
     current_rows = torch.arange(len(labels)) >= len(golden.labels)
@@ -398,8 +398,8 @@ def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) ->
         scores[name] = partial(mmd, kernels[name])
     features = torch.cat([golden.features, current.features])
     near = torch.cdist(features, features) <= near_distance(fit.features)
-    scores["duplicates"] = partial(near_pairs, near.double().fill_diagonal_(0))
-    actual, count = current_rows.double()[None], round(40 / alpha) - 1
+    scores["duplicates"] = partial(near_pairs, near.float().fill_diagonal_(0))
+    actual, count = current_rows.float()[None], round(40 / alpha) - 1
     random, at_least = data.generator("permutations"), dict.fromkeys(scores, 1)  # 1: the actual choice itself
     for start in range(0, count, 500):
         chosen = permutations(labels, current_rows, min(500, count - start), random)
@@ -546,7 +546,7 @@ def requests_table(records: list[tuple], count: int) -> dict:
         counts = [Counter(str(facts.get(key, "-"))[:40] for facts in part) for part in parts]
         rows += [[key, value, counts[0][value], counts[1][value]] for value in counts[0] | counts[1]]
     columns = ["", "", f"{len(parts[0])} images before", f"newest {len(parts[1])} images"]
-    return {"title": "Requests: news, not drift", "columns": columns, "rows": rows}
+    return {"title": "What was asked for: a change here is no drift", "columns": columns, "rows": rows}
 
 
 def wilson(part: int, whole: int) -> tuple[float, float]:
@@ -578,7 +578,7 @@ def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
     now = current.statistics.mean(0)
     change = (now - before) / golden.statistics.std(0).clamp(min=1e-3)
     order = change.abs().argsort(descending=True).tolist()
-    rows = [[STATISTICS[i], *(f"{float(column[i]):.3f}" for column in (before, now, change))] for i in order]
+    rows = [[STATISTICS[i], f"{before[i]:.3f}", f"{now[i]:.3f}", f"{change[i]:+.2f}"] for i in order]
     histograms = []
     for i in order[:3]:
         lines = {"golden": golden.statistics[:, i].tolist(), "current": current.statistics[:, i].tolist()}
@@ -586,7 +586,7 @@ def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
     of_golden, of_current = unusual.split([len(golden.labels), len(current.labels)])
     columns = ["", "golden", "current", "change in standard deviations"]
     return {
-        "tables": [{"title": "Statistics: they explain", "columns": columns, "rows": rows}],
+        "tables": [{"title": "What changed", "columns": columns, "rows": rows}],
         "histograms": histograms,
         "pictures": [
             pictures("Most unusual of the current images", current.rows(of_current.topk(8).indices)),
@@ -620,7 +620,10 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
                 f"Changed most, in standard deviations: {moved}."
             )
         rows = [[name, f"{p:.4f}", f"{adjusted[name]:.4f}"] for name, p in ps.items()]
-        document["tables"].insert(0, {"title": "Tests: they decide", "columns": ["", "p", "adjusted p"], "rows": rows})
+        title = (
+            f"Tests: an alarm needs an adjusted p of at most {alpha:g}; p is how often chance gives such a difference"
+        )
+        document["tables"].insert(0, {"title": title, "columns": ["", "p", "adjusted p"], "rows": rows})
         document |= {"verdict": f"{verdict} {findings['damaged']}", "p": min(adjusted.values())}
     elif not findings["damaged"]:
         raise InputError(
@@ -787,7 +790,7 @@ def update_episodes(episodes: dict, findings: dict) -> list[str]:
 def examine(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
     """Looks at the images that came since the last look, if they are enough. Returns findings."""
     now, records = time.time(), served_records(data.ServedImages(Path(args.subject)))
-    newest = max([state["started"], *(float(facts["time"]) for _, facts in records[-1:])])
+    newest = float(records[-1][1]["time"]) if records else state["started"]
     stale = f"Stale: no image was saved in {args.subject} for {args.stale} hours."
     findings = {"stale": stale if now - newest > args.stale * 3600 else ""}
     fresh = [pair for pair in comparable(records, golden) if state["last"] < float(pair[1]["time"]) < now - SETTLE]

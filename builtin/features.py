@@ -70,15 +70,15 @@ STATISTICS = (
     "brightness",
     "contrast",
     "saturation",
-    "red",  # more than the mean of the three colours
-    "blue",
-    "black",  # share of pixels
-    "white",
+    "redness",  # red more than the mean of the three colours
+    "blueness",
+    "black pixels",  # share
+    "white pixels",
     "sharpness",  # logarithm of the Laplacian's mean square
-    "grain",  # share of it that a 3 x 3 mean removes
-    "blocks",  # share of horizontal differences that are at the borders of JPEG's 8 x 8 blocks
+    "fine grain",  # share of it that a 3 x 3 mean removes
+    "JPEG blocks",  # share of horizontal differences that are at the borders of 8 x 8 blocks
     "border brightness",  # of the outer 2 pixels
-    "border colour",  # their saturation
+    "border saturation",
     "asymmetry",  # mean difference from the mirror image
 )
 
