@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import data
+import monitor
 from tests.test_sample import NAMES, make_model
 from tests.test_server import gauges, get, pixels, serving, wait_until
 
@@ -328,5 +331,98 @@ def test_axe_finds_nothing_and_nothing_sticks_out(browser, served, scheme, width
         says(page, "All 3 pictures are finished")
         draw(page, n_images=2)
         says(page, "All 2 pictures are finished")
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = '</script><img src=x onerror="alert(1)">{{document}}'
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report with everything that one can hold, and text that tries to be markup."""
+    red = data.encode_png(data.grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), padding=0))
+    picture = f"data:image/png;base64,{base64.b64encode(red).decode()}"
+    document = {
+        "title": f"Report {HOSTILE}",
+        "verdict": f"Drift: {HOSTILE}",
+        "alarm": True,
+        "facts": {"model": "f" * 64, HOSTILE: HOSTILE},
+        "tables": [
+            {"title": "Tests", "columns": ["", "p"], "rows": [[HOSTILE, "0.01"], ["statistics", 0.5]]},
+            {"title": "Empty", "columns": ["a", "b"], "rows": []},
+        ],
+        "series": [
+            {"title": "Loss", "lines": {"train": [[i, 1 + 1 / (1 + i)] for i in range(300)], "held out": [[10, 1.5]]}},
+            {
+                "title": "p",
+                "log": True,
+                "time": True,
+                "lines": {"p": [[1.8e9, 0.5], [1.8e9 + 86400, 1e-4], [1.8e9, None]]},
+            },
+            {"title": "Nothing yet", "lines": {"p": []}},
+        ],
+        "histograms": [{"title": HOSTILE, "lines": {"golden": [0.1, 0.2, 0.2, 0.4], "current": [0.5] * 9}}],
+        "pictures": [{"title": "Unusual", "items": [{"caption": HOSTILE, "source": picture}] * 8}],
+    }
+    page = tmp_path_factory.mktemp("report") / "report.html"
+    monitor.write_report(page, document)
+    return page
+
+
+@contextmanager
+def opened_report(browser, report, width=1280, scheme="light"):
+    """A report read from the disk. At the end it has run into no error and asked for nothing from elsewhere."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.on("console", lambda line: problems.append(line.text))
+    page.on("request", lambda request: problems.append(request.url) if request.url[:4] == "http" else None)
+    page.goto(report.as_uri())
+    yield page
+    context.close()
+    assert not problems
+
+
+def test_a_report_shows_all_that_its_document_holds(browser, report):
+    with opened_report(browser, report) as page:
+        assert page.locator("h1").inner_text() == f"Report {HOSTILE}"
+        assert page.locator("#verdict.alarm").inner_text() == f"Drift: {HOSTILE}"
+        assert page.locator("td", has_text="onerror").count() == 2 and page.locator("figcaption").count() == 8
+        assert page.get_by_text("nothing yet", exact=True).count() == 1 and page.get_by_text("no values yet", exact=True).count() == 1
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth === 8)")
+        assert page.locator("svg").count() == 4
+        facts = page.locator("#facts").inner_text()
+        assert "f" * 64 in facts and f"torch {torch.__version__}" in facts
+
+
+def test_plots_tell_values_smooth_and_change_their_axis(browser, report):
+    with opened_report(browser, report) as page:
+        loss = page.locator(".plots section").first
+        svg, key = loss.locator("svg"), loss.locator(".legend")
+        box = svg.bounding_box()
+        left, right = (box["x"] + box["width"] * pixel / 480 for pixel in (52, 470))
+        page.mouse.move(left + (right - left) * 100 / 299, box["y"] + 40)
+        assert "train: 1.01 at 100" in key.inner_text() and "held out: 1.5 at 10" in key.inner_text()
+        page.mouse.move(0, 0)
+        assert "at" not in key.inner_text().split()
+        path = "() => document.querySelector('.plots section path').getAttribute('d')"
+        plain = page.evaluate(path)
+        loss.get_by_label("log axis").check()
+        logarithmic = page.evaluate(path)
+        assert logarithmic != plain
+        loss.get_by_label("smoothing").fill("90")
+        assert page.evaluate(path) not in (plain, logarithmic)
+        assert "1e-4" in page.locator(".plots section").nth(1).inner_text().replace("1.0e-4", "1e-4")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_nothing_in_a_report_and_nothing_sticks_out(browser, report, scheme, width):
+    with opened_report(browser, report, width, scheme) as page:
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
