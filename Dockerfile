@@ -15,7 +15,7 @@ RUN python -m venv /venv \
  && /venv/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt -r requirements.txt
 
 FROM ${BASE}
-RUN useradd --create-home --uid 1000 papilio && install -d -o papilio /app /app/runs /served
+RUN useradd --create-home --uid 1000 papilio && install -d -o papilio /app /app/runs /served /watch
 COPY --from=packages /venv /venv
 WORKDIR /app
 COPY *.py LICENSE ./

@@ -1,11 +1,12 @@
-"""Images or runs in, metrics out: distance to real images, and copies of training images; telemetry of the server.
+"""Images or runs in, verdicts out: distance to real images, drift of a served model, copies of training images.
 
-    python monitor.py quality                            samples from the newest run, against images it has not seen
-    python monitor.py quality runs/x -n 5000             more samples, for a narrower interval
-    python monitor.py quality birds/ --real photos/      one set of images against another
+    python monitor.py quality runs/x                     samples of a run, against images that it has not seen
+    python monitor.py reference                          draws the golden set that served images are compared with
+    python monitor.py watch served --reference reference     tests every hour; drift tests once
 
-Quality is measured on the features of a small network of our own (`Features`), which was trained once on synthetic
-butterflies and never changes. Numbers are comparable between runs, but not with anyone else's "FID" or "KID".
+All comparisons use the features of a small network of our own, which was trained once on synthetic butterflies and
+never changes (`builtin/features.py`). Numbers are comparable between runs, but not with anyone else's "FID" or "KID".
+The file also holds the counters of the server's telemetry.
 """
 
 import argparse
@@ -381,7 +382,7 @@ def holm(ps: dict) -> dict:
 
 
 def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) -> tuple[dict, Tensor]:
-    """Tests whether current images are distributed like golden ones of the same classes. `fit` is part of neither.
+    """Tests whether current images and golden ones of the same classes differ. `fit` is part of neither.
 
     Features and statistics are compared by MMD, without the mean of each class; the number of near-duplicates among the
     current images with that among as many random ones. Returns {test: p-value}, from 40 / alpha permutations, and for
@@ -712,7 +713,7 @@ def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callab
 def report_replay(args: argparse.Namespace) -> int:
     """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
     store = data.ServedImages(Path(args.subject))
-    with data.disk_errors(f"read {args.subject}", "name the folder of `server.py --save`"):
+    with data.disk_errors(f"read {args.subject}", "name the folder that `server.py --save` writes"):
         records = served_records(store)
     if args.url:
         model_hash = records and records[-1][1].get("model")
@@ -826,13 +827,13 @@ def report_watch(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     network, file = load_features(), args.out / "state.json"
     golden = read_golden(args.reference, network)
-    state = read_state(file, golden)
+    state, webhook = read_state(file, golden), args.webhook or os.environ.get("PAPILIO_WEBHOOK")
     while True:
         state["unsent"] += update_episodes(state["episodes"], examine(args, golden, network, state))
         data.write_json(file, state)  # before sending: a restart sends what was not sent
         for text in list(state["unsent"]):
             print(text, flush=True)
-            if not args.webhook or send(args.webhook, text):
+            if not webhook or send(webhook, text):
                 state["unsent"].remove(text)
         data.write_json(file, state)
         numbers = {labelled("papilio_watch_alarm", kind=kind): kind in state["episodes"] for kind in QUIET}
@@ -962,30 +963,35 @@ QUALITY_FLAGS = {
 REFERENCE_FLAGS = {
     "golden set": [
         sample.MODEL_FLAG,
-        Flag("-n", 1280, whole(5 * LEAST, 100_000), "images to draw; a fifth is not compared with"),
+        Flag(
+            "-n",
+            1280,
+            whole(5 * LEAST, 100_000),
+            "images to draw; a fifth sets scales and thresholds, the others are compared with",
+        ),
         Flag("--out", Path("reference"), Path, "folder to write"),
         *sample.DRAW_FLAGS[3:],
         *sample.DEVICE_FLAGS,
     ],
 }
 LOOK_FLAGS = [
-    Flag("--reference", "reference", str, "golden set: folder of `monitor.py reference`, or pictures"),
-    Flag("-n", 256, whole(LEAST, 100_000), "served images of a look"),
+    Flag("--reference", "reference", str, "golden set: folder written by `monitor.py reference`, or any pictures"),
+    Flag("-n", 256, whole(LEAST, 100_000), "served images that are tested together: the newest ones"),
 ]  # fmt: skip
-ALPHA = "false alarms per look without any drift"
+ALPHA = "false-alarm rate: share of tests that raise an alarm although nothing has changed"
 DRIFT_FLAGS = {
     "drift": [
         *LOOK_FLAGS,
         Flag("--alpha", 0.01, real(1e-5, 0.5), ALPHA),
-        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels (default: 64, or as the golden set)"),
+        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is not of `reference` (default: 64)"),
         Flag("--out", Path("drift.html"), Path, "report to write"),
         Flag("--json", None, Path, "also write the report as JSON"),
     ],
 }  # fmt: skip
 REPLAY_FLAGS = {
     "replay": [
-        Flag("-n", 32, whole(1, 100_000), "served images to draw again, evenly over time"),
-        Flag("--url", None, web_address, "let this server draw them; $PAPILIO_TOKEN is its token",
+        Flag("-n", 32, whole(1, 100_000), "number of images to draw again, spread evenly over time"),
+        Flag("--url", None, web_address, "ask this server for the images, with the token in $PAPILIO_TOKEN (default: draw them here)",
              {"metavar": "URL"}),
         sample.MODEL_FLAG,
         sample.DEVICE_FLAGS[0],
@@ -995,31 +1001,47 @@ WATCH_FLAGS = {
     "watch": [
         *LOOK_FLAGS,
         Flag("--alpha", 0.001, real(1e-5, 0.5), ALPHA),
-        Flag("--every", 3600, whole(0, 10**6), "seconds between two looks; 0: look once"),
-        Flag("--stale", 24, whole(1, 10_000), "hours without a new image that are an alarm"),
-        Flag("--webhook", None, web_address, "send messages to this address, in Slack's format", {"metavar": "URL"}),
+        Flag("--every", 3600, whole(0, 10**6), "seconds between tests; 0: test once and exit"),
+        Flag("--stale", 24, whole(1, 10_000), "hours without a new image after which that is an alarm, too"),
+        Flag("--webhook", None, web_address, "send messages to this address, in Slack's format "
+             "(default: $PAPILIO_WEBHOOK)", {"metavar": "URL"}),
         Flag("--out", Path("watch"), Path, "folder for reports, state and papilio.prom, a textfile for Prometheus"),
     ],
 }  # fmt: skip
 
 
-SERVED = "folder of `server.py --save`"
+SERVED = "folder that `server.py --save` writes"
 COMMANDS = {  # name: (function, what it does, its subject, its flags)
     "quality": (
         report_quality,
-        "how close images are to real ones: KID with its 95% interval, FD, number of near-copies",
+        "measures how close images are to real ones: KID with its 95% interval, FD, number of near-copies",
         "run, model folder, or images as for --real (default: the newest run, or the default model)",
         QUALITY_FLAGS,
     ),
-    "reference": (make_reference, "draw the golden set of a model, for drift and watch", None, REFERENCE_FLAGS),
+    "reference": (
+        make_reference,
+        "draws the golden set of a model, with which drift and watch compare",
+        None,
+        REFERENCE_FLAGS,
+    ),
     "drift": (
         report_drift,
-        "whether images are still like a golden set; the exit status is 1 if not",
+        "tests whether images still look like a golden set; the exit status is 1 if they do not",
         f"{SERVED}, or pictures of any other origin",
         DRIFT_FLAGS,
     ),
-    "replay": (report_replay, "whether served images come out the same when drawn again", SERVED, REPLAY_FLAGS),
-    "watch": (report_watch, "drift again and again, with messages when it begins and ends", SERVED, WATCH_FLAGS),
+    "replay": (
+        report_replay,
+        "draws served images again and compares the pixels; the exit status is 1 if they differ",
+        SERVED,
+        REPLAY_FLAGS,
+    ),
+    "watch": (
+        report_watch,
+        "tests for drift again and again, and sends a message when it begins and when it ends",
+        SERVED,
+        WATCH_FLAGS,
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import data
+import monitor
 import server
 import train
 
@@ -79,7 +80,27 @@ def test_compose_services_run_the_server_and_scrape_it():
     assert (DEPLOY / compose["services"]["server"]["build"]["context"] / "Dockerfile").exists()
     assert (DEPLOY / compose["configs"]["alerts"]["file"]).exists()
     scraping = yaml.safe_load(compose["configs"]["prometheus"]["content"])
-    assert scraping["scrape_configs"][0]["static_configs"] == [{"targets": ["server:8000"]}]
+    targets = [config["static_configs"][0]["targets"] for config in scraping["scrape_configs"]]
+    assert targets == [["server:8000"], ["node-exporter:9100"]]
+
+
+def test_compose_watches_what_the_server_saves():
+    """The monitor reads the folder that the server writes, and the exporter the folder that the monitor writes."""
+    (compose,) = documents("compose.yaml")
+    services = compose["services"]
+    command = services["monitor"]["command"]
+    args = monitor.parse_arguments(command[1:])
+    assert command[0] == "monitor.py" and args.command == "watch" and args.every == 3600
+    saved = services["server"]["command"][services["server"]["command"].index("--save") + 1]
+    assert args.subject == saved and f"served:{saved}:ro" in services["monitor"]["volumes"]
+    assert f"--collector.textfile.directory={args.out}" in services["node-exporter"]["command"]
+    assert {f"{mount.split(':')[0]}" for name in services for mount in services[name].get("volumes", [])} == {
+        *compose["volumes"]
+    }
+    once = re.search(r"run --rm monitor monitor\.py (.*?) +# once", (DEPLOY / "compose.yaml").read_text())[1]
+    assert str(monitor.parse_arguments(once.split()).out) == args.reference
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert all(f" {folder}" in dockerfile for folder in ("/watch", saved))
 
 
 def test_systemd_starts_the_server():

@@ -393,7 +393,10 @@ def test_a_report_shows_all_that_its_document_holds(browser, report):
         assert page.locator("h1").inner_text() == f"Report {HOSTILE}"
         assert page.locator("#verdict.alarm").inner_text() == f"Drift: {HOSTILE}"
         assert page.locator("td", has_text="onerror").count() == 2 and page.locator("figcaption").count() == 8
-        assert page.get_by_text("nothing yet", exact=True).count() == 1 and page.get_by_text("no values yet", exact=True).count() == 1
+        assert (
+            page.get_by_text("nothing yet", exact=True).count() == 1
+            and page.get_by_text("no values yet", exact=True).count() == 1
+        )
         assert page.evaluate("[...document.images].every(image => image.naturalWidth === 8)")
         assert page.locator("svg").count() == 4
         facts = page.locator("#facts").inner_text()

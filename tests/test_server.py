@@ -1568,11 +1568,11 @@ def test_labels_are_escaped():
 def test_alerts_and_scraping_use_metrics_that_exist(served):
     page = get(served, "/metrics")[2].decode()
     known = set(parse_metrics(page))
-    known |= {name + suffix for name in known for suffix in ("_bucket", "_sum", "_count")}
+    known |= {name + suffix for name in known for suffix in ("_bucket", "_sum", "_count")} | set(monitor.WATCH_METRICS)
     rules = (ROOT / "deploy/alerts.yml").read_text()
     used = set(re.findall(r"\b(?:papilio|process)_\w+", rules))
     assert used and used <= known
-    for alert in ("Latency", "Error", "Worker", "Queue"):
+    for alert in ("Latency", "Error", "Worker", "Queue", "Watch"):
         assert re.search(rf"alert: \w*{alert}", rules)
     assert "/metrics" in (ROOT / "deploy/prometheus.yml").read_text()
 
