@@ -983,7 +983,8 @@ DRIFT_FLAGS = {
     "drift": [
         *LOOK_FLAGS,
         Flag("--alpha", 0.01, real(1e-5, 0.5), ALPHA),
-        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is not of `reference` (default: 64)"),
+        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is one of pictures "
+             "(default: 64)"),
         Flag("--out", Path("drift.html"), Path, "report to write"),
         Flag("--json", None, Path, "also write the report as JSON"),
     ],
@@ -991,8 +992,8 @@ DRIFT_FLAGS = {
 REPLAY_FLAGS = {
     "replay": [
         Flag("-n", 32, whole(1, 100_000), "number of images to draw again, spread evenly over time"),
-        Flag("--url", None, web_address, "ask this server for the images, with the token in $PAPILIO_TOKEN (default: draw them here)",
-             {"metavar": "URL"}),
+        Flag("--url", None, web_address, "ask this server for the images, with the token in $PAPILIO_TOKEN (default: "
+             "draw them here)", {"metavar": "URL"}),
         sample.MODEL_FLAG,
         sample.DEVICE_FLAGS[0],
     ],

@@ -265,7 +265,7 @@ def spread(study: Study) -> list[str]:
         for k in range(NULL_LOOKS):
             chosen = rest[torch.randperm(len(rest), generator=data.generator("look", i, k))[:256]]
             parts = [pool.rows(part) for part in (fit, compared, chosen)]
-            found.append(monitor.holm(monitor.compare(*parts, 0.05)[0]))
+            found.append(monitor.holm(monitor.compare(*parts, 0.1)[0]))  # 399 permutations
         for alpha in rates:
             rates[alpha].append(rejected(found, alpha))
         print(f"golden set {i}: {rates[0.05][-1]:.3f} at 0.05, {rates[0.01][-1]:.3f} at 0.01", flush=True)
