@@ -625,7 +625,7 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
             f"Tests: an alarm needs an adjusted p of at most {alpha:g}; p is how often chance gives such a difference"
         )
         document["tables"].insert(0, {"title": title, "columns": ["", "p", "adjusted p"], "rows": rows})
-        document |= {"verdict": f"{verdict} {findings['damaged']}", "p": min(adjusted.values())}
+        document |= {"verdict": f"{verdict} {findings['damaged']}".strip(), "p": min(adjusted.values())}
     elif not findings["damaged"]:
         raise InputError(
             f"a test needs {LEAST} images on each side, and there are {readable} that were made like the golden set, "
@@ -832,7 +832,7 @@ def report_watch(args: argparse.Namespace) -> int:
         state["unsent"] += update_episodes(state["episodes"], examine(args, golden, network, state))
         data.write_json(file, state)  # before sending: a restart sends what was not sent
         for text in list(state["unsent"]):
-            print(text, flush=True)
+            print(f"message: {text}", flush=True)
             if not webhook or send(webhook, text):
                 state["unsent"].remove(text)
         data.write_json(file, state)
@@ -982,7 +982,7 @@ ALPHA = "false-alarm rate: share of tests that raise an alarm although nothing h
 DRIFT_FLAGS = {
     "drift": [
         *LOOK_FLAGS,
-        Flag("--alpha", 0.01, real(1e-5, 0.5), ALPHA),
+        Flag("--alpha", 0.01, real(1e-4, 0.5), ALPHA),
         Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is one of pictures "
              "(default: 64)"),
         Flag("--out", Path("drift.html"), Path, "report to write"),
@@ -1001,7 +1001,7 @@ REPLAY_FLAGS = {
 WATCH_FLAGS = {
     "watch": [
         *LOOK_FLAGS,
-        Flag("--alpha", 0.001, real(1e-5, 0.5), ALPHA),
+        Flag("--alpha", 0.001, real(1e-4, 0.5), ALPHA),
         Flag("--every", 3600, whole(0, 10**6), "seconds between tests; 0: test once and exit"),
         Flag("--stale", 24, whole(1, 10_000), "hours without a new image after which that is an alarm, too"),
         Flag("--webhook", None, web_address, "send messages to this address, in Slack's format "
