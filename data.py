@@ -378,7 +378,8 @@ class ServedImages:
             with suppress(OSError):  # deleted by another process
                 lines = log.read_bytes().splitlines()
             for line in lines:
-                with suppress(ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash, or not ours
+                # Cut off by a crash, or not ours.
+                with suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
                     facts = json.loads(line)
                     if math.isfinite(float(facts["time"])):
                         yield facts
@@ -396,7 +397,7 @@ class ServedImages:
                 return decode_png(file)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # decoders raise nearly anything for a damaged file
             pass
         return None
 
@@ -502,11 +503,14 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None) -> tuple:
-    """Returns headers and body of a response. Raises OSError, HTTPException or ValueError."""
+def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None, limit: int = 10**8) -> tuple:
+    """Returns headers of a response, and up to `limit` bytes of its body. Raises OSError, HTTPException or ValueError.
+
+    A wait for data may last 60 seconds.
+    """
     opener = urllib.request.build_opener(NoRedirects)
     with opener.open(urllib.request.Request(url, body, headers or {}), timeout=60) as response:
-        return response.headers, response.read()
+        return response.headers, response.read(limit)
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------

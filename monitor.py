@@ -41,57 +41,21 @@ from torch import Tensor
 import data
 import ddpm
 import sample
-from builtin.features import FEATURES_HASH, STATISTICS, Features, features_of, load_features, statistics_of
+from builtin.features import (
+    FEATURES_HASH,
+    STATISTICS,
+    Features,
+    features_of,
+    frechet_distance,
+    kid,
+    load_features,
+    statistics_of,
+)
 from data import Flag, InputError, real, whole
 
 SCHEMA = 1  # version of the JSON of --json
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Returns the kernel distance of two sets of features (N, d) and (M, d), and its standard error.
-
-    The unbiased estimate of MMD^2 with the kernel (x.y/d + 1)^3 (Binkowski et al. 2018, section 4), from all pairs
-    rather than subsets; it can be below 0 for sets from one distribution. The standard error is the jackknife's, which
-    leaves out each image of either set in turn (Arvesen 1969). It covers the choice of images, not that of a training
-    seed, and is a third too large for sets from one distribution. Raises ValueError for fewer than 3 images.
-    """
-    m, n = len(x), len(y)
-    if min(m, n) < 3:
-        raise ValueError(f"a kernel distance needs at least 3 images on each side, not {m} and {n}")
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def row_sums(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([kernel(part, b).sum(1) for part in a.split(1024)])
-
-    def row_sums_within(a: Tensor) -> Tensor:  # without the kernel of an image and itself
-        itself = ((a * a).sum(1) / a.shape[1] + 1) ** 3
-        return row_sums(a, a) - itself
-
-    xx, yy = row_sums_within(x), row_sums_within(y)
-    xy, yx = row_sums(x, y), row_sums(y, x)
-    within_x, within_y, between = xx.sum(), yy.sum(), xy.sum()
-    value = within_x / (m * (m - 1)) + within_y / (n * (n - 1)) - 2 * between / (m * n)
-    without_x = (within_x - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (between - xy) / ((m - 1) * n)
-    without_y = (within_y - 2 * yy) / ((n - 1) * (n - 2)) - 2 * (between - yx) / (m * (n - 1))
-    variance = sum((len(part) - 1) * part.var(correction=0) for part in (without_x, without_y))
-    return float(value), float(variance.sqrt())
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Returns the Frechet distance of Gaussians fitted to two sets of features (N, d) (Heusel et al. 2017, eq. 6).
-
-    It is biased upwards by about 1/N, so compare it only between equal numbers of images, with N above d.
-    """
-    covariances = x.T.cov(), y.T.cov()
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    traces = sum(covariance.trace() for covariance in covariances)
-    return max(0.0, float((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * cross))
 
 
 # Of 500 synthetic butterflies and of 100 photographs that had been held out, none is a near-copy by this measure; of
@@ -331,7 +295,7 @@ def gaussian_kernel(fit: Tensor, values: Tensor) -> Tensor:
     mean, std = fit.mean(0), fit.std(0).clamp(min=1e-3)
     directions = torch.linalg.svd((fit - mean) / std, full_matrices=False).Vh[:COMPONENTS].T
     fit, values = ((part - mean) / std @ directions for part in (fit, values))
-    distances = torch.cdist(values, values) / torch.pdist(fit).median()
+    distances = torch.cdist(values, values) / torch.pdist(fit).median().clamp(min=1e-6)  # 0: most images are the same
     return torch.exp(-0.5 * distances.square()).fill_diagonal_(0).float()
 
 
@@ -405,7 +369,7 @@ def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) ->
     for start in range(0, count, 500):
         chosen = permutations(labels, current_rows, min(500, count - start), random)
         for name, score in scores.items():
-            at_least[name] += int((score(chosen) >= score(actual)).sum())
+            at_least[name] += int((score(chosen) >= score(actual) - 1e-6).sum())  # ties, but for rounding
     ps = {name: number / (count + 1) for name, number in at_least.items()}
     weights = actual[0] / actual.sum() - (1 - actual[0]) / (1 - actual).sum()
     return ps, kernels[min(kernels, key=ps.get)] @ weights
@@ -431,6 +395,8 @@ def make_reference(args: argparse.Namespace) -> None:
     """Draws the golden set of a model into a folder: reference.json, images.npz and a picture."""
     if (args.out / "reference.json").exists():
         raise InputError(f"--out {args.out} has a golden set already; choose another folder")
+    with data.disk_errors(f"write to {args.out}"):
+        args.out.mkdir(parents=True, exist_ok=True)
     path, which = sample.find_model(args.model)
     device = sample.choose_device(args.device)
     model = sample.load(path, device, sample.choose_precision(device, args.precision))
@@ -459,7 +425,7 @@ def make_reference(args: argparse.Namespace) -> None:
 def read_golden(source: str, network: Features, size: int | None = None) -> Golden:
     """Reads what make_reference wrote, or other pictures at a size."""
     file = Path(source) / "images.npz"
-    if not file.exists():
+    if not file.with_name("reference.json").exists():
         side = size or 64
         images = read_images(source, (3, side, side))
         images = random_subset(images, len(images.images))
@@ -468,7 +434,8 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
     with data.disk_errors(f"read {file}"):
         encoded = file.read_bytes()
     found = SCHEMA, FEATURES_HASH, hashlib.sha256(encoded).hexdigest()
-    if found != (kept.get("schema"), kept.get("features"), kept.get("images")):
+    wanted = (kept.get(name) for name in ("schema", "features", "images"))
+    if found != tuple(wanted) or not {"classes", "facts"} <= kept.keys():
         raise InputError(f"{file} is damaged, or of another version; make it again with `monitor.py reference`")
     with np.load(io.BytesIO(encoded), allow_pickle=False) as arrays:
         values = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "names"}
@@ -478,7 +445,8 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
 
 def served_records(store: data.ServedImages) -> list[tuple]:
     """Returns (file, facts) of each served image that has not been deleted, oldest first."""
-    records = [record for day in store.days() for record in store.records(day) if os.path.lexists(record[0])]
+    with data.disk_errors(f"read {store.folder}", "name the folder that `server.py --save` writes"):
+        records = [record for day in store.days() for record in store.records(day) if os.path.lexists(record[0])]
     return sorted(records, key=lambda record: float(record[1]["time"]))
 
 
@@ -604,6 +572,7 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
     fifth = len(golden.images.labels) // 5
     fit, compared = (golden.images.rows(part) for part in (slice(fifth), slice(fifth, None)))
     compared = compared.rows(torch.isin(compared.labels, current.labels))
+    current = current.rows(torch.isin(current.labels, compared.labels))  # the others have nothing to be compared with
     readable, findings, document = len(current.labels), {"damaged": ""}, {"tables": []}
     if unreadable > (readable + unreadable) / 100:
         findings["damaged"] = f"Damaged: {unreadable} of {readable + unreadable} images are damaged or of another size."
@@ -637,6 +606,11 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
 
 def look(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
     """Judges up to args.n of the chosen served images. Returns what `judge` does."""
+    if 5 * args.n > len(golden.images.labels):
+        raise InputError(
+            f"-n {args.n}: all looks share the golden set, so it must have at least 5 times as many images, and "
+            f"{golden.source} has {len(golden.images.labels)}; choose a smaller -n or draw a larger golden set"
+        )
     store = data.ServedImages(Path(args.subject))
     findings, document = judge(golden, *read_served(store, chosen, golden, args.n, network), args.alpha)
     document["tables"] += [requests_table(records, args.n), votes_table(store)]
@@ -681,13 +655,16 @@ def redraw_over_http(address: str, facts: dict) -> tuple[str, np.ndarray]:
     usual = {"spacing": "default", "guidance": 1}
     names = ("seed", "class", "guidance", "sampler", "steps", "spacing", "eta")
     query = {name: facts[name] for name in names if name in facts and facts[name] != usual.get(name)}
-    headers = {"Authorization": f"Bearer {os.environ.get('PAPILIO_TOKEN', '')}"}
+    headers = {"Authorization": f"Bearer {os.environ.get('PAPILIO_TOKEN', '').strip()}"}
     try:
         url = f"{address.rstrip('/')}/generate_sample/?{urllib.parse.urlencode(query)}"
         answer, body = data.fetch(url, headers=headers)
-        return answer["X-Model-Hash"], data.decode_png(io.BytesIO(body))[:, 2:-2, 2:-2]  # without the grid's border
-    except (OSError, HTTPException, SyntaxError) as error:
-        raise Unreachable(f"--url {address} gave no image: {data.reason(error)}; is it `python server.py`?") from error
+        return str(answer["X-Model-Hash"]), data.decode_png(io.BytesIO(body))[:, 2:-2, 2:-2]  # without a grid's border
+    except Exception as error:  # a library's text may contain the token
+        status = getattr(error, "code", type(error).__name__)
+        if status == 400:
+            raise ValueError("the server refuses its parameters") from None
+        raise Unreachable(f"--url {address} gave no image ({status}); is it `python server.py`?") from None
 
 
 def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callable) -> str:
@@ -702,10 +679,12 @@ def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callab
         return ""
     except Unreachable:
         raise
-    except (KeyError, TypeError, ValueError) as error:  # the line of the log is damaged
+    except Exception as error:  # the line of the log is damaged: any type may be anywhere
         return f"cannot be drawn again: {data.reason(error)}"
-    if (model, again.shape) != (facts["model"], image.shape):
-        return f"was made by model {facts['model'][:12]}, and this one is {model[:12]}"
+    if model != facts["model"]:
+        return f"was made by model {facts['model'][:12]}, and this one is {model[:12]!r}"
+    if again.shape != image.shape:
+        return "has another size"
     rms = np.sqrt(np.square(again.astype(float) - image).mean())
     return f"differs by {rms:.1f} levels (RMS)" if rms > limit else ""
 
@@ -713,10 +692,10 @@ def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callab
 def report_replay(args: argparse.Namespace) -> int:
     """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
     store = data.ServedImages(Path(args.subject))
-    with data.disk_errors(f"read {args.subject}", "name the folder that `server.py --save` writes"):
-        records = served_records(store)
-    if args.url:
-        model_hash = records and records[-1][1].get("model")
+    records = served_records(store)
+    if args.url:  # the model that made most of the images
+        model_hash = Counter(str(facts.get("model")) for _, facts in records).most_common(1)
+        model_hash = model_hash and model_hash[0][0]
     else:
         path, which = sample.find_model(args.model)
         print(which)
@@ -743,10 +722,10 @@ def report_replay(args: argparse.Namespace) -> int:
 # ---- watch -----------------------------------------------------------------------------------------------------------
 
 SETTLE = 60  # seconds: images that are younger may not all be written yet
-QUIET = {"drift": 3, "damaged": 3, "stale": 1}  # looks without an alarm that end an episode
+QUIET = {"drift": 3, "damaged": 3, "stale": 1, "model": 1}  # looks without an alarm that end an episode
 WATCH_METRICS = {
     "papilio_watch_looks_total": "Looks at the served images.",
-    "papilio_watch_alarm": "1 during an episode of this kind: drift, damaged or stale.",
+    "papilio_watch_alarm": "1 during an episode of this kind: drift, damaged, stale or model.",
     "papilio_watch_unsent_messages": "Messages that the webhook has not taken yet.",
     "papilio_watch_timestamp_seconds": "When the folder was last examined.",
 }
@@ -764,7 +743,7 @@ def send(webhook: str, text: str) -> bool:
     body = json.dumps({"text": text}).encode()
     for pause in (1, 4, 0):
         try:
-            data.fetch(webhook, body, {"Content-Type": "application/json"})
+            data.fetch(webhook, body, {"Content-Type": "application/json"}, limit=0)
             return True
         except (OSError, HTTPException, ValueError) as error:  # its text may contain the address
             print(f"the webhook took no message ({type(error).__name__} {getattr(error, 'code', '')})", file=sys.stderr)
@@ -782,44 +761,58 @@ def update_episodes(episodes: dict, findings: dict) -> list[str]:
             episodes[kind] = 0  # quiet looks
         elif kind in episodes:
             episodes[kind] += 1
-            if episodes[kind] == QUIET[kind]:
+            if episodes[kind] >= QUIET[kind]:
                 del episodes[kind]
                 messages.append(f"Recovered: no more sign of {kind}.")
     return messages
 
 
+def other_models(records: list[tuple], golden: Golden) -> str:
+    """Returns a sentence if some images were made by another model than the golden set, "" if none."""
+    model = golden.facts.get("model")
+    others = {str(facts.get("model"))[:12] for _, facts in records if model not in (None, facts.get("model"))}
+    return others and f"Model: images were made by {', '.join(sorted(others))}, and the golden set by {model[:12]}."
+
+
 def examine(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
     """Looks at the images that came since the last look, if they are enough. Returns findings."""
-    now, records = time.time(), served_records(data.ServedImages(Path(args.subject)))
+    now = time.time()
+    records = [pair for pair in served_records(data.ServedImages(Path(args.subject))) if float(pair[1]["time"]) <= now]
     newest = float(records[-1][1]["time"]) if records else state["started"]
     stale = f"Stale: no image was saved in {args.subject} for {args.stale} hours."
     findings = {"stale": stale if now - newest > args.stale * 3600 else ""}
+    findings["model"] = other_models(records[-args.n :], golden)
+    state["last"] = min(state["last"], now)  # a clock may have been wrong
     fresh = [pair for pair in comparable(records, golden) if state["last"] < float(pair[1]["time"]) < now - SETTLE]
     if len(fresh) < args.n:
         return findings
-    judged, document = look(args, golden, network, records, reversed(fresh))
     state |= {"last": float(fresh[-1][1]["time"]), "looks": state["looks"] + 1}
-    state["history"] = [*state["history"], [now, document.get("p")]][-1000:]
-    document["series"] = [
-        {"title": "Smallest adjusted p of each look", "log": True, "time": True, "lines": {"p": state["history"]}}
-    ]
-    name = "report.html"
-    if document["alarm"]:
-        name = time.strftime("alarm-%Y-%m-%d-%H%M%S.html", time.gmtime(now))
-    write_report(args.out / name, document)
-    print(document["verdict"], flush=True)
-    return findings | judged
+    try:
+        judged, document = look(args, golden, network, records, reversed(fresh))
+        findings |= judged
+        state["history"] = [*state["history"], [now, document.get("p")]][-1000:]
+        lines = {"p": state["history"]}
+        document["series"] = [{"title": "Smallest adjusted p", "log": True, "time": True, "lines": lines}]
+        print(document["verdict"], flush=True)
+        name = "report.html"
+        if document["alarm"]:
+            name = time.strftime("alarm-%Y-%m-%d-%H%M%S.html", time.gmtime(now))
+        write_report(args.out / name, document)
+    except InputError as error:  # too few of one class, or a full disk: the next look may be better
+        print(f"error: {error}", file=sys.stderr)
+    return findings
 
 
 def read_state(file: Path, golden: Golden) -> dict:
     """Reads what an earlier process left, or begins."""
     state = {"golden": golden.facts, "started": time.time(), "last": 0.0, "looks": 0}
     state |= {"episodes": {}, "unsent": [], "history": []}
-    if file.exists():
-        state |= data.read_json(file)
-    if state["golden"] != golden.facts:
-        raise InputError(f"{file} belongs to another golden set; choose another --out")
-    return state
+    if not file.exists():
+        return state
+    kept = data.read_json(file)
+    if kept.get("golden") != golden.facts or any(type(kept.get(key)) is not type(state[key]) for key in state):
+        raise InputError(f"{file} is damaged, or belongs to another golden set; choose another --out")
+    return kept
 
 
 def report_watch(args: argparse.Namespace) -> int:
@@ -827,7 +820,12 @@ def report_watch(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     network, file = load_features(), args.out / "state.json"
     golden = read_golden(args.reference, network)
-    state, webhook = read_state(file, golden), args.webhook or os.environ.get("PAPILIO_WEBHOOK")
+    state, webhook = read_state(file, golden), args.webhook
+    if not webhook and "PAPILIO_WEBHOOK" in os.environ:
+        try:
+            webhook = web_address(os.environ["PAPILIO_WEBHOOK"].strip())
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"$PAPILIO_WEBHOOK: {error}") from None
     while True:
         state["unsent"] += update_episodes(state["episodes"], examine(args, golden, network, state))
         data.write_json(file, state)  # before sending: a restart sends what was not sent
@@ -835,7 +833,7 @@ def report_watch(args: argparse.Namespace) -> int:
             print(f"message: {text}", flush=True)
             if not webhook or send(webhook, text):
                 state["unsent"].remove(text)
-        data.write_json(file, state)
+                data.write_json(file, state)
         numbers = {labelled("papilio_watch_alarm", kind=kind): kind in state["episodes"] for kind in QUIET}
         numbers["papilio_watch_looks_total"] = state["looks"]
         numbers["papilio_watch_unsent_messages"] = len(state["unsent"])
@@ -976,7 +974,7 @@ REFERENCE_FLAGS = {
 }
 LOOK_FLAGS = [
     Flag("--reference", "reference", str, "golden set: folder written by `monitor.py reference`, or any pictures"),
-    Flag("-n", 256, whole(LEAST, 100_000), "served images that are tested together: the newest ones"),
+    Flag("-n", 256, whole(LEAST, 10_000), "served images that are tested together: the newest ones"),
 ]  # fmt: skip
 ALPHA = "false-alarm rate: share of tests that raise an alarm although nothing has changed"
 DRIFT_FLAGS = {
