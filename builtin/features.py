@@ -145,7 +145,7 @@ def _statistics(images: Tensor) -> Tensor:
     border[2:-2, 2:-2] = False
     columns = (
         luma.mean((1, 2)),
-        luma.std((1, 2), correction=0),
+        (luma - luma.mean((1, 2), keepdim=True)).square().mean((1, 2)).sqrt(),
         colour.mean((1, 2)),
         (x[:, 0] - luma).mean((1, 2)),
         (x[:, 2] - luma).mean((1, 2)),

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -678,6 +679,15 @@ def test_a_message_is_sent_until_it_is_taken(watch, hook, drawn, tmp_path):
     assert status == 1 and len(messages) == 1 and messages[0].startswith("Drift")
     assert watch()[1] == []
     assert "followed a redirect" not in hook.taken
+
+
+def test_a_message_survives_a_process_that_is_killed_while_it_sends(watch, drawn, tmp_path, monkeypatch):
+    add(tmp_path, darker(drawn[:64]), "dark")
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "send", lambda *_: sys.exit(9))
+        assert status_of(watch) == 9
+    status, messages, _ = watch()
+    assert status == 1 and len(messages) == 1 and messages[0].startswith("Drift")
 
 
 def test_images_that_are_too_young_wait(watch, drawn, tmp_path):
