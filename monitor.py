@@ -1,8 +1,8 @@
-"""Images or runs in, verdicts out: distance to real images, drift of a served model, copies of training images.
+"""Measures the quality of images and models, and checks served images for drift.
 
     python monitor.py quality runs/x                     samples of a run, against images that it has not seen
-    python monitor.py reference                          draws the golden set that served images are compared with
-    python monitor.py watch served --reference reference     tests every hour; drift tests once
+    python monitor.py reference                          draws images of the released model, to compare served ones with
+    python monitor.py watch served                       tests the folder of `server.py --save served` every hour
 
 All comparisons use the features of a small network of our own, which was trained once on synthetic butterflies and
 never changes (`builtin/features.py`). Numbers are comparable between runs, but not with anyone else's "FID" or "KID".
@@ -251,13 +251,13 @@ def report_quality(args: argparse.Namespace) -> None:
 
 # ---- drift: are these images like those of the golden set? -----------------------------------------------------------
 
-LEAST = 64  # images on each side of a test
+LEAST = 64  # fewest images on each side of a test
 COMPONENTS = 32
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Images of one size with what they are compared by."""
+    """Images of one size, with their features and statistics."""
 
     pixels: Tensor  # uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,); 0 without classes
@@ -290,24 +290,24 @@ def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 def gaussian_kernel(fit: Tensor, values: Tensor) -> Tensor:
     """Returns the kernel of each pair of values (N, d): float32 (N, N) with a zero diagonal.
 
-    Scales, at most 32 principal components, and the bandwidth, a median distance, are those of `fit` (M, d).
+    Scales, components (at most 32) and the bandwidth, a median distance, come from `fit` (M, d).
     """
     mean, std = fit.mean(0), fit.std(0).clamp(min=1e-3)
     directions = torch.linalg.svd((fit - mean) / std, full_matrices=False).Vh[:COMPONENTS].T
     fit, values = ((part - mean) / std @ directions for part in (fit, values))
-    distances = torch.cdist(values, values) / torch.pdist(fit).median().clamp(min=1e-6)  # 0: most images are the same
+    distances = torch.cdist(values, values) / torch.pdist(fit).median().clamp(min=1e-6)  # 0 if most images are the same
     return torch.exp(-0.5 * distances.square()).fill_diagonal_(0).float()
 
 
 def near_distance(features: Tensor) -> float:
-    """Returns 0.4 of the median distance of an image to its nearest, by features (N, 128): few images are so near."""
+    """Returns 0.4 of the median nearest-neighbour distance of features (N, 128): few pairs of images are closer."""
     return 0.4 * float(torch.cdist(features, features).fill_diagonal_(math.inf).amin(1).median())
 
 
 def permutations(labels: Tensor, current: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Chooses at random as many images of each class as are current: float32 (count, N) of 0 and 1.
+    """Draws random subsets with as many images of each class as the current ones: float32 (count, N) of 0 and 1.
 
-    labels (N,) are the classes; current (N,) is true for the images that are current in fact.
+    labels (N,) are the classes; current (N,) marks the current images.
     """
     order = (labels + torch.rand(count, len(labels), generator=generator, dtype=torch.float64)).argsort(1)
     by_class = labels.sort().values
@@ -337,7 +337,7 @@ def near_pairs(near: Tensor, chosen: Tensor) -> Tensor:
 
 
 def holm(ps: dict) -> dict:
-    """Adjusts p-values for their number: all tests whose adjusted p is at most alpha may be rejected (Holm 1979)."""
+    """Adjusts p-values for their number: those of at most alpha are significant (Holm 1979)."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(ps, key=ps.get)):
         highest = max(highest, (len(ps) - rank) * ps[name])
@@ -348,9 +348,9 @@ def holm(ps: dict) -> dict:
 def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) -> tuple[dict, Tensor]:
     """Tests whether current images and golden ones of the same classes differ. `fit` is part of neither.
 
-    Features and statistics are compared by MMD, without the mean of each class; the number of near-duplicates among the
-    current images with that among as many random ones. Returns {test: p-value}, from 40 / alpha permutations, and for
-    each image, golden ones first, how much more it is like the current images than like the golden ones: float32 (N,).
+    MMD compares features and statistics, less the means of the classes. Near-duplicates are counted in the current
+    images and in random ones. Returns {test: p-value}, from 40 / alpha permutations, and for each image, golden ones
+    first, how much more it is like the current images than like the golden ones: float32 (N,).
     """
     labels = torch.cat([golden.labels, current.labels])
     current_rows = torch.arange(len(labels)) >= len(golden.labels)
@@ -365,11 +365,11 @@ def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) ->
     near = torch.cdist(features, features) <= near_distance(fit.features)
     scores["duplicates"] = partial(near_pairs, near.float().fill_diagonal_(0))
     actual, count = current_rows.float()[None], round(40 / alpha) - 1
-    random, at_least = data.generator("permutations"), dict.fromkeys(scores, 1)  # 1: the actual choice itself
+    random, at_least = data.generator("permutations"), dict.fromkeys(scores, 1)  # 1 counts the actual choice
     for start in range(0, count, 500):
         chosen = permutations(labels, current_rows, min(500, count - start), random)
         for name, score in scores.items():
-            at_least[name] += int((score(chosen) >= score(actual) - 1e-6).sum())  # ties, but for rounding
+            at_least[name] += int((score(chosen) >= score(actual) - 1e-6).sum())  # counts ties despite rounding
     ps = {name: number / (count + 1) for name, number in at_least.items()}
     weights = actual[0] / actual.sum() - (1 - actual[0]) / (1 - actual).sum()
     return ps, kernels[min(kernels, key=ps.get)] @ weights
@@ -377,13 +377,13 @@ def compare(fit: Measured, golden: Measured, current: Measured, alpha: float) ->
 
 # ---- golden set and served images ------------------------------------------------------------------------------------
 
-SETTINGS = ("model", "sampler", "steps", "spacing", "eta", "guidance")  # served images with others are not judged
-GOLDEN_SEED = 2**40  # of the first golden image: unlike the small numbers that people choose
+SETTINGS = ("model", "sampler", "steps", "spacing", "eta", "guidance")  # served images with other values are ignored
+GOLDEN_SEED = 2**40  # seed of the first golden image, larger than seeds that people choose
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A golden set. Its first fifth is for choosing coordinates and distances, the rest is what is compared."""
+    """A golden set. Its first fifth calibrates the tests; the rest is compared."""
 
     source: str
     images: Measured
@@ -394,7 +394,7 @@ class Golden:
 def make_reference(args: argparse.Namespace) -> None:
     """Draws the golden set of a model into a folder: reference.json, images.npz and a picture."""
     if (args.out / "reference.json").exists():
-        raise InputError(f"--out {args.out} has a golden set already; choose another folder")
+        raise InputError(f"--out {args.out} already has a golden set; choose another folder")
     with data.disk_errors(f"write to {args.out}"):
         args.out.mkdir(parents=True, exist_ok=True)
     path, which = sample.find_model(args.model)
@@ -418,12 +418,12 @@ def make_reference(args: argparse.Namespace) -> None:
         "duplicates": near_distance(images.features[: args.n // 5]),
         "facts": {"guidance": args.guidance, **request.facts(model, len(table))},
     }
-    data.write_json(args.out / "reference.json", content)  # last: it makes the folder a golden set
+    data.write_json(args.out / "reference.json", content)  # last: it marks a complete golden set
     print(f"wrote {args.n} images to {args.out}")
 
 
 def read_golden(source: str, network: Features, size: int | None = None) -> Golden:
-    """Reads what make_reference wrote, or other pictures at a size."""
+    """Reads what make_reference wrote, or other pictures, scaled to size x size."""
     file = Path(source) / "images.npz"
     if not file.with_name("reference.json").exists():
         side = size or 64
@@ -436,7 +436,9 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
     found = SCHEMA, FEATURES_HASH, hashlib.sha256(encoded).hexdigest()
     wanted = (kept.get(name) for name in ("schema", "features", "images"))
     if found != tuple(wanted) or not {"classes", "facts"} <= kept.keys():
-        raise InputError(f"{file} is damaged, or of another version; make it again with `monitor.py reference`")
+        raise InputError(
+            f"{file} is damaged, or from another version; delete {source} and run `monitor.py reference --out {source}`"
+        )
     with np.load(io.BytesIO(encoded), allow_pickle=False) as arrays:
         values = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "names"}
         images = Measured(**values, names=arrays["names"])
@@ -451,7 +453,7 @@ def served_records(store: data.ServedImages) -> list[tuple]:
 
 
 def comparable(records: list[tuple], golden: Golden) -> list[tuple]:
-    """Keeps the records of images that were made as the golden set was, each seed of a class once."""
+    """Keeps the records of images with the golden set's settings and classes, for each class and seed the oldest."""
     wanted = {key: golden.facts[key] for key in SETTINGS if key in golden.facts}
     kept = {}
     for file, facts in records:
@@ -464,7 +466,7 @@ def comparable(records: list[tuple], golden: Golden) -> list[tuple]:
 def read_served(
     store: data.ServedImages, records: Iterable[tuple], golden: Golden, most: int, network: Features
 ) -> tuple[Measured, int]:
-    """Reads up to `most` images. Returns them, and the number of those that are damaged or of another size."""
+    """Reads up to `most` images. Returns them, and how many others are damaged or of another size."""
     shape = golden.images.pixels.shape[1:]
     pixels, labels, names, unreadable = [torch.empty(0, *shape, dtype=torch.uint8)], [], [], 0
     for file, facts in records:
@@ -487,7 +489,7 @@ REPORT = Path(__file__).parent / "web/report.html"
 
 
 def write_report(page: Path, document: dict, json_file: Path | None = None) -> None:
-    """Writes a document as a page of its own and, if asked, as JSON. docs/monitoring.md describes its fields."""
+    """Writes a document as one HTML page and, if asked, as JSON. docs/monitoring.md describes its fields."""
     version = f"{data.VERSION}, commit {data.git_commit() or 'unknown'}, torch {torch.__version__}"
     made = {"time": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()), "Papilio": version}
     document = document | {"schema": SCHEMA, "facts": document["facts"] | made}
@@ -508,14 +510,14 @@ def pictures(title: str, images: Measured) -> dict:
 
 
 def requests_table(records: list[tuple], count: int) -> dict:
-    """Compares what the newest images are with as many before: another mix of requests is no drift."""
+    """Compares the requests for the newest `count` images with those for as many before. A change is not drift."""
     parts = [[facts for _, facts in part] for part in (records[-2 * count : -count], records[-count:])]
     rows = []
     for key in ("class", "steps", "sampler", "guidance", "model"):
         counts = [Counter(str(facts.get(key, "-"))[:40] for facts in part) for part in parts]
         rows += [[key, value, counts[0][value], counts[1][value]] for value in counts[0] | counts[1]]
-    columns = ["", "", f"{len(parts[0])} images before", f"newest {len(parts[1])} images"]
-    return {"title": "What was asked for: a change here is no drift", "columns": columns, "rows": rows}
+    columns = ["setting", "value", f"{len(parts[0])} images before", f"newest {len(parts[1])} images"]
+    return {"title": "Requests (a change here is not drift)", "columns": columns, "rows": rows}
 
 
 def wilson(part: int, whole: int) -> tuple[float, float]:
@@ -540,7 +542,7 @@ def votes_table(store: data.ServedImages) -> dict:
 def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
     """Returns the tables, histograms and pictures of a report, the statistics that changed most first.
 
-    The golden mean is that of images whose classes are mixed like the current ones.
+    The golden mean is weighted by the classes of the current images.
     """
     classes = 1 + int(max(golden.labels.max(), current.labels.max()))
     before = class_means(golden.statistics, golden.labels, classes)[current.labels].mean(0)
@@ -558,8 +560,10 @@ def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
         "tables": [{"title": "What changed", "columns": columns, "rows": rows}],
         "histograms": histograms,
         "pictures": [
-            pictures("Most unusual of the current images", current.rows(of_current.topk(8).indices)),
-            pictures("Most typical of the golden set", golden.rows(of_golden.topk(8, largest=False).indices)),
+            pictures("Current images least like the golden set", current.rows(of_current.topk(8).indices)),
+            pictures(
+                "Golden images least like the current ones", golden.rows(of_golden.topk(8, largest=False).indices)
+            ),
         ],
     }
 
@@ -572,44 +576,44 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
     fifth = len(golden.images.labels) // 5
     fit, compared = (golden.images.rows(part) for part in (slice(fifth), slice(fifth, None)))
     compared = compared.rows(torch.isin(compared.labels, current.labels))
-    current = current.rows(torch.isin(current.labels, compared.labels))  # the others have nothing to be compared with
+    current = current.rows(torch.isin(current.labels, compared.labels))  # other classes have no golden images
     readable, findings, document = len(current.labels), {"damaged": ""}, {"tables": []}
     if unreadable > (readable + unreadable) / 100:
-        findings["damaged"] = f"Damaged: {unreadable} of {readable + unreadable} images are damaged or of another size."
+        findings["damaged"] = (
+            f"Damaged: {unreadable} of {readable + unreadable} images cannot be read or have another size."
+        )
     if min(readable, len(compared.labels)) >= LEAST:
         ps, unusual = compare(fit, compared, current, alpha)
         adjusted, document = holm(ps), explain(compared, current, unusual)
         evidence = f"smallest adjusted p {min(adjusted.values()):.2g}, alarm at {alpha:g}"
-        verdict = f"In control: chance explains how {readable} images differ from the golden set ({evidence})."
+        verdict = f"In control: no test finds a difference between {readable} images and the golden set ({evidence})."
         findings["drift"] = ""
         if min(adjusted.values()) <= alpha:
             tests = ", ".join(name for name, p in adjusted.items() if p <= alpha)
             moved = ", ".join(f"{row[0]} {row[3]}" for row in document["tables"][0]["rows"][:3])
             findings["drift"] = verdict = (
                 f"Drift: {readable} images differ from the golden set in {tests} ({evidence}). "
-                f"Changed most, in standard deviations: {moved}."
+                f"Largest changes, in standard deviations: {moved}."
             )
         rows = [[name, f"{p:.4f}", f"{adjusted[name]:.4f}"] for name, p in ps.items()]
-        title = (
-            f"Tests: an alarm needs an adjusted p of at most {alpha:g}; p is how often chance gives such a difference"
-        )
+        title = f"Tests (alarm: adjusted p of at most {alpha:g}; p: how often random regrouping differs as much)"
         document["tables"].insert(0, {"title": title, "columns": ["", "p", "adjusted p"], "rows": rows})
         document |= {"verdict": f"{verdict} {findings['damaged']}".strip(), "p": min(adjusted.values())}
     elif not findings["damaged"]:
         raise InputError(
-            f"a test needs {LEAST} images on each side, and there are {readable} that were made like the golden set, "
-            f"and {len(compared.labels)} in {golden.source} to compare them with"
+            f"a test needs {LEAST} images on each side; {readable} have the settings and classes of the golden set, "
+            f"and {len(compared.labels)} in {golden.source} have theirs: wait for more, or draw a larger golden set"
         )
     facts = {"golden set": golden.source, "features": FEATURES_HASH, "alpha": alpha, **golden.facts}
     return findings, {"verdict": findings["damaged"], "alarm": any(findings.values()), "facts": facts, **document}
 
 
-def look(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
+def test_served(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
     """Judges up to args.n of the chosen served images. Returns what `judge` does."""
     if 5 * args.n > len(golden.images.labels):
         raise InputError(
-            f"-n {args.n}: all looks share the golden set, so it must have at least 5 times as many images, and "
-            f"{golden.source} has {len(golden.images.labels)}; choose a smaller -n or draw a larger golden set"
+            f"-n {args.n} needs a golden set of at least {5 * args.n} images, and {golden.source} has "
+            f"{len(golden.images.labels)}; choose a smaller -n or draw a larger golden set"
         )
     store = data.ServedImages(Path(args.subject))
     findings, document = judge(golden, *read_served(store, chosen, golden, args.n, network), args.alpha)
@@ -624,10 +628,10 @@ def report_drift(args: argparse.Namespace) -> int:
     store = data.ServedImages(Path(args.subject))
     if store.folder.is_dir() and store.days():
         records = served_records(store)
-        findings, document = look(args, golden, network, records, reversed(comparable(records, golden)))
+        findings, document = test_served(args, golden, network, records, reversed(comparable(records, golden)))
     else:
         images = read_images(args.subject, golden.images.pixels.shape[1:])
-        if images.classes != golden.classes:  # without common names they say nothing
+        if images.classes != golden.classes:  # different names cannot be matched
             golden.images.labels.zero_()
             images = replace(images, labels=None)
         findings, document = judge(golden, measure_dataset(network, images), 0, args.alpha)
@@ -639,13 +643,13 @@ def report_drift(args: argparse.Namespace) -> int:
 
 # ---- replay ----------------------------------------------------------------------------------------------------------
 
-# Largest RMS difference, in levels of 255, between an image and the same drawn again. With the default model, batches
+# Largest RMS difference, in levels of 255, between an image and its redrawn copy. With the default model, batches
 # of 1 and of 4 differ by 0.01 in fp32 and by 0.6 in bf16; fp32 and bf16 differ by 0.9.
 ROUNDING = {"fp32": 0.25, "bf16": 2.0, "fp16": 2.0}
 
 
 class Unreachable(InputError):
-    """A server that gives no usable answer."""
+    """The server gives no usable answer."""
 
     status = 3
 
@@ -663,12 +667,14 @@ def redraw_over_http(address: str, facts: dict) -> tuple[str, np.ndarray]:
     except Exception as error:  # a library's text may contain the token
         status = getattr(error, "code", type(error).__name__)
         if status == 400:
-            raise ValueError("the server refuses its parameters") from None
-        raise Unreachable(f"--url {address} gave no image ({status}); is it `python server.py`?") from None
+            raise ValueError("the server rejects its settings") from None
+        raise Unreachable(
+            f"--url {address} gave no image ({status}); check that server.py runs there, and $PAPILIO_TOKEN"
+        ) from None
 
 
 def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callable) -> str:
-    """Returns how a served image differs from the same drawn again, "" if only by rounding."""
+    """Returns how a served image differs from its redrawn copy, "" if only by rounding."""
     try:
         image = store.read(file)
         if image is None:
@@ -679,10 +685,10 @@ def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callab
         return ""
     except Unreachable:
         raise
-    except Exception as error:  # the line of the log is damaged: any type may be anywhere
+    except Exception as error:  # the line of the log is damaged: values may have any type
         return f"cannot be drawn again: {data.reason(error)}"
     if model != facts["model"]:
-        return f"was made by model {facts['model'][:12]}, and this one is {model[:12]!r}"
+        return f"was made by model {facts['model'][:12]}, but was drawn again by model {model[:12]!r}"
     if again.shape != image.shape:
         return "has another size"
     rms = np.sqrt(np.square(again.astype(float) - image).mean())
@@ -693,7 +699,7 @@ def report_replay(args: argparse.Namespace) -> int:
     """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
     store = data.ServedImages(Path(args.subject))
     records = served_records(store)
-    if args.url:  # the model that made most of the images
+    if args.url:  # assume the model that made most images
         model_hash = Counter(str(facts.get("model")) for _, facts in records).most_common(1)
         model_hash = model_hash and model_hash[0][0]
     else:
@@ -710,60 +716,70 @@ def report_replay(args: argparse.Namespace) -> int:
 
     made_by_it = [(file, facts) for file, facts in records if facts.get("model") == model_hash]
     if not made_by_it:
-        raise InputError(f"{args.subject}: of {len(records)} served images, none was made by this model; name another")
+        raise InputError(
+            f"none of the {len(records)} images in {args.subject} was made by model {model_hash}; "
+            "name their model with --model"
+        )
     chosen = np.linspace(0, len(made_by_it) - 1, min(args.n, len(made_by_it))).round().astype(int)
     results = {file: difference(store, file, facts, redraw) for file, facts in (made_by_it[i] for i in chosen)}
     wrong = [f"{file} {text}" for file, text in results.items() if text]
     others = len(records) - len(made_by_it)
-    print(*wrong, f"{len(results)} images drawn again, {len(wrong)} differ; other models made {others} more", sep="\n")
+    print(
+        *wrong,
+        f"{len(results)} images drawn again, {len(wrong)} differ; {others} images of other models were skipped",
+        sep="\n",
+    )
     return int(bool(wrong))
 
 
 # ---- watch -----------------------------------------------------------------------------------------------------------
 
-SETTLE = 60  # seconds: images that are younger may not all be written yet
-QUIET = {"drift": 3, "damaged": 3, "stale": 1, "model": 1}  # looks without an alarm that end an episode
+SETTLE = 60  # seconds: younger images may still be being written
+QUIET = {"drift": 3, "damaged": 3, "stale": 1, "model": 1}  # tests without an alarm that end an episode
 WATCH_METRICS = {
-    "papilio_watch_looks_total": "Looks at the served images.",
+    "papilio_watch_tests_total": "Tests of served images.",
     "papilio_watch_alarm": "1 during an episode of this kind: drift, damaged, stale or model.",
-    "papilio_watch_unsent_messages": "Messages that the webhook has not taken yet.",
-    "papilio_watch_timestamp_seconds": "When the folder was last examined.",
+    "papilio_watch_unsent_messages": "Messages not yet delivered.",
+    "papilio_watch_timestamp_seconds": "Time of the last check.",
 }
 
 
 def web_address(text: str) -> str:
-    """Checks a flag. No message repeats the address, which may be secret."""
+    """Checks an address. The error does not repeat it, because the address of a webhook is secret."""
     if re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[!-~]*)?", text):
         return text
-    raise argparse.ArgumentTypeError("this is no address like https://host/path")
+    raise argparse.ArgumentTypeError("not a web address; give one like https://host/path")
 
 
 def send(webhook: str, text: str) -> bool:
-    """Sends a message in Slack's format, three times if need be. Returns whether it was taken."""
+    """Sends a message in Slack's format, in up to three tries. Returns whether it was accepted."""
     body = json.dumps({"text": text}).encode()
     for pause in (1, 4, 0):
         try:
             data.fetch(webhook, body, {"Content-Type": "application/json"}, limit=0)
             return True
         except (OSError, HTTPException, ValueError) as error:  # its text may contain the address
-            print(f"the webhook took no message ({type(error).__name__} {getattr(error, 'code', '')})", file=sys.stderr)
+            print(
+                f"the webhook did not accept a message ({getattr(error, 'code', type(error).__name__)})",
+                file=sys.stderr,
+            )
             time.sleep(pause)
     return False
 
 
 def update_episodes(episodes: dict, findings: dict) -> list[str]:
-    """Opens and closes episodes by the findings {kind: text, "" if all is well}. Returns the messages to send."""
+    """Opens and closes episodes according to findings {kind: text, "" if all is well}. Returns messages to send."""
     messages = []
     for kind, text in findings.items():
         if text:
             if kind not in episodes:
                 messages.append(text)
-            episodes[kind] = 0  # quiet looks
+            episodes[kind] = 0  # tests without an alarm
         elif kind in episodes:
             episodes[kind] += 1
             if episodes[kind] >= QUIET[kind]:
                 del episodes[kind]
-                messages.append(f"Recovered: no more sign of {kind}.")
+                messages.append(f"Recovered: the {kind} alarm has ended.")
     return messages
 
 
@@ -774,21 +790,21 @@ def other_models(records: list[tuple], golden: Golden) -> str:
     return others and f"Model: images were made by {', '.join(sorted(others))}, and the golden set by {model[:12]}."
 
 
-def examine(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
-    """Looks at the images that came since the last look, if they are enough. Returns findings."""
+def check_once(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
+    """Checks for silence and other models, and tests the images that came since the last test, if they are enough."""
     now = time.time()
     records = [pair for pair in served_records(data.ServedImages(Path(args.subject))) if float(pair[1]["time"]) <= now]
     newest = float(records[-1][1]["time"]) if records else state["started"]
-    stale = f"Stale: no image was saved in {args.subject} for {args.stale} hours."
+    stale = f"Stale: no image was saved in {args.subject} for {args.stale} h."
     findings = {"stale": stale if now - newest > args.stale * 3600 else ""}
     findings["model"] = other_models(records[-args.n :], golden)
-    state["last"] = min(state["last"], now)  # a clock may have been wrong
+    state["last"] = min(state["last"], now)  # the clock may have been set back
     fresh = [pair for pair in comparable(records, golden) if state["last"] < float(pair[1]["time"]) < now - SETTLE]
     if len(fresh) < args.n:
         return findings
-    state |= {"last": float(fresh[-1][1]["time"]), "looks": state["looks"] + 1}
+    state |= {"last": float(fresh[-1][1]["time"]), "tests": state["tests"] + 1}
     try:
-        judged, document = look(args, golden, network, records, reversed(fresh))
+        judged, document = test_served(args, golden, network, records, reversed(fresh))
         findings |= judged
         state["history"] = [*state["history"], [now, document.get("p")]][-1000:]
         lines = {"p": state["history"]}
@@ -798,25 +814,25 @@ def examine(args: argparse.Namespace, golden: Golden, network: Features, state: 
         if document["alarm"]:
             name = time.strftime("alarm-%Y-%m-%d-%H%M%S.html", time.gmtime(now))
         write_report(args.out / name, document)
-    except InputError as error:  # too few of one class, or a full disk: the next look may be better
+    except InputError as error:  # too few images in common classes, or a full disk
         print(f"error: {error}", file=sys.stderr)
     return findings
 
 
 def read_state(file: Path, golden: Golden) -> dict:
-    """Reads what an earlier process left, or begins."""
-    state = {"golden": golden.facts, "started": time.time(), "last": 0.0, "looks": 0}
+    """Reads the state that an earlier process left, or returns a new one."""
+    state = {"golden": golden.facts, "started": time.time(), "last": 0.0, "tests": 0}
     state |= {"episodes": {}, "unsent": [], "history": []}
     if not file.exists():
         return state
     kept = data.read_json(file)
     if kept.get("golden") != golden.facts or any(type(kept.get(key)) is not type(state[key]) for key in state):
-        raise InputError(f"{file} is damaged, or belongs to another golden set; choose another --out")
+        raise InputError(f"{file} is damaged, or belongs to another golden set; delete it or choose another --out")
     return kept
 
 
 def report_watch(args: argparse.Namespace) -> int:
-    """Looks at served images again and again, and says when something begins and ends. Returns 1 during an episode."""
+    """Checks served images at intervals and reports when alarms begin and end. Returns 1 during an episode."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     network, file = load_features(), args.out / "state.json"
     golden = read_golden(args.reference, network)
@@ -827,15 +843,15 @@ def report_watch(args: argparse.Namespace) -> int:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"$PAPILIO_WEBHOOK: {error}") from None
     while True:
-        state["unsent"] += update_episodes(state["episodes"], examine(args, golden, network, state))
-        data.write_json(file, state)  # before sending: a restart sends what was not sent
+        state["unsent"] += update_episodes(state["episodes"], check_once(args, golden, network, state))
+        data.write_json(file, state)  # before sending, so that a restart sends the rest
         for text in list(state["unsent"]):
             print(f"message: {text}", flush=True)
             if not webhook or send(webhook, text):
                 state["unsent"].remove(text)
                 data.write_json(file, state)
         numbers = {labelled("papilio_watch_alarm", kind=kind): kind in state["episodes"] for kind in QUIET}
-        numbers["papilio_watch_looks_total"] = state["looks"]
+        numbers["papilio_watch_tests_total"] = state["tests"]
         numbers["papilio_watch_unsent_messages"] = len(state["unsent"])
         numbers["papilio_watch_timestamp_seconds"] = time.time()
         write_textfile(args.out / "papilio.prom", numbers)
@@ -965,7 +981,7 @@ REFERENCE_FLAGS = {
             "-n",
             1280,
             whole(5 * LEAST, 100_000),
-            "images to draw; a fifth sets scales and thresholds, the others are compared with",
+            "images to draw; a fifth calibrates the tests, served images are compared with the rest",
         ),
         Flag("--out", Path("reference"), Path, "folder to write"),
         *sample.DRAW_FLAGS[3:],
@@ -974,24 +990,24 @@ REFERENCE_FLAGS = {
 }
 LOOK_FLAGS = [
     Flag("--reference", "reference", str, "golden set: folder written by `monitor.py reference`, or any pictures"),
-    Flag("-n", 256, whole(LEAST, 10_000), "served images that are tested together: the newest ones"),
+    Flag("-n", 256, whole(LEAST, 10_000), "number of newest served images to test"),
 ]  # fmt: skip
 ALPHA = "false-alarm rate: share of tests that raise an alarm although nothing has changed"
 DRIFT_FLAGS = {
     "drift": [
         *LOOK_FLAGS,
         Flag("--alpha", 0.01, real(1e-4, 0.5), ALPHA),
-        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is one of pictures "
-             "(default: 64)"),
+        Flag("--size", None, whole(8, 1024), "scale pictures to N x N pixels, if the golden set is not from "
+             "`monitor.py reference` (default: 64)"),
         Flag("--out", Path("drift.html"), Path, "report to write"),
         Flag("--json", None, Path, "also write the report as JSON"),
     ],
 }  # fmt: skip
 REPLAY_FLAGS = {
     "replay": [
-        Flag("-n", 32, whole(1, 100_000), "number of images to draw again, spread evenly over time"),
-        Flag("--url", None, web_address, "ask this server for the images, with the token in $PAPILIO_TOKEN (default: "
-             "draw them here)", {"metavar": "URL"}),
+        Flag("-n", 32, whole(1, 100_000), "images to draw again, evenly spaced from the oldest to the newest"),
+        Flag("--url", None, web_address, "let this server draw them, with the token in $PAPILIO_TOKEN (default: draw "
+             "them here)", {"metavar": "URL"}),
         sample.MODEL_FLAG,
         sample.DEVICE_FLAGS[0],
     ],
@@ -1000,11 +1016,11 @@ WATCH_FLAGS = {
     "watch": [
         *LOOK_FLAGS,
         Flag("--alpha", 0.001, real(1e-4, 0.5), ALPHA),
-        Flag("--every", 3600, whole(0, 10**6), "seconds between tests; 0: test once and exit"),
-        Flag("--stale", 24, whole(1, 10_000), "hours without a new image after which that is an alarm, too"),
+        Flag("--every", 3600, whole(0, 10**6), "seconds between checks; 0: check once and exit"),
+        Flag("--stale", 24, whole(1, 10_000), "hours without a new image that raise an alarm"),
         Flag("--webhook", None, web_address, "send messages to this address, in Slack's format "
              "(default: $PAPILIO_WEBHOOK)", {"metavar": "URL"}),
-        Flag("--out", Path("watch"), Path, "folder for reports, state and papilio.prom, a textfile for Prometheus"),
+        Flag("--out", Path("watch"), Path, "folder for reports, state and papilio.prom (metrics for Prometheus)"),
     ],
 }  # fmt: skip
 
@@ -1019,14 +1035,14 @@ COMMANDS = {  # name: (function, what it does, its subject, its flags)
     ),
     "reference": (
         make_reference,
-        "draws the golden set of a model, with which drift and watch compare",
+        "draws the golden set of a model, that drift and watch compare images with",
         None,
         REFERENCE_FLAGS,
     ),
     "drift": (
         report_drift,
-        "tests whether images still look like a golden set; the exit status is 1 if they do not",
-        f"{SERVED}, or pictures of any other origin",
+        "tests whether images still look like a golden set; exit status 1 if not, or if more than 1% are damaged",
+        f"{SERVED}, or any pictures (folder, parquet file, dataset)",
         DRIFT_FLAGS,
     ),
     "replay": (
@@ -1037,7 +1053,7 @@ COMMANDS = {  # name: (function, what it does, its subject, its flags)
     ),
     "watch": (
         report_watch,
-        "tests for drift again and again, and sends a message when it begins and when it ends",
+        "tests for drift at intervals, and sends a message when an alarm begins and when it ends",
         SERVED,
         WATCH_FLAGS,
     ),
@@ -1062,7 +1078,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sample.set_threads()
     try:
         return data.exit_status(lambda: args.work(args))
-    except Exception:  # exit status 1 would mean drift
+    except Exception:  # Python would exit with 1, which means drift
         traceback.print_exc()
         return 3
 

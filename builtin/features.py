@@ -1,6 +1,7 @@
-"""What images are compared by: features of a pinned network, their distances, and statistics that people can name.
+"""How images are compared: features of a pinned network, their distances, and simple statistics of pixels.
 
-Neither may change, because measurements of different versions are compared. `builtin/train_features.py` made the file.
+None of them may change, or measurements of different versions could not be compared. `builtin/train_features.py` made
+`features.safetensors`.
 """
 
 import hashlib
@@ -115,21 +116,21 @@ STATISTICS = (
     "brightness",
     "contrast",
     "saturation",
-    "redness",  # red more than the mean of the three colours
-    "blueness",
-    "black pixels",  # share
-    "white pixels",
+    "redness",  # red minus the mean of the three channels
+    "blueness",  # likewise
+    "black pixels",  # share of pixels darker than 0.04
+    "white pixels",  # brighter than 0.96
     "sharpness",  # logarithm of the Laplacian's mean square
-    "fine grain",  # share of it that a 3 x 3 mean removes
-    "JPEG blocks",  # share of horizontal differences that are at the borders of 8 x 8 blocks
+    "fine grain",  # share of the Laplacian's energy that a 3 x 3 mean removes
+    "JPEG blocks",  # share of horizontal differences at borders of 8 x 8 blocks
     "border brightness",  # of the outer 2 pixels
-    "border saturation",
+    "border saturation",  # of the same pixels
     "asymmetry",  # mean difference from the mirror image
 )
 
 
 def statistics_of(images: Tensor) -> Tensor:
-    """Returns the STATISTICS of uint8 (N, C, H, W) images: float64 (N, 13). Colours are between 0 and 1."""
+    """Returns the STATISTICS of uint8 (N, C, H, W) images: float64 (N, 13). Channels are scaled to 0..1."""
     return torch.cat([_statistics(part) for part in images.split(64)])
 
 

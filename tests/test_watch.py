@@ -277,7 +277,11 @@ def test_images_of_the_same_model_are_in_control(judged, drawn, tmp_path):
     for vote in ("up", "up", "down"):
         store.save_vote({"image": "x", "vote": vote, "model": "abc", "time": str(time.time())})
     status, document, printed = judged("served")
-    assert status == 0 and printed.startswith("In control: chance explains how 160 images") and not document["alarm"]
+    assert (
+        status == 0
+        and printed.startswith("In control: no test finds a difference between 160 images")
+        and not document["alarm"]
+    )
     assert document["verdict"] in printed and document["p"] > 0.01
     assert table(document, "Votes") == {("abc", 3): ["66.7%", "20.8% to 93.9%"]}
     page = Path("drift.html").read_text()
@@ -319,7 +323,7 @@ def test_a_request_mix_that_changed_is_news_and_no_drift(judged, drawn, tmp_path
     serve(tmp_path / "served", [*rest, *other, *rest[:20], *first])
     status, document, printed = judged("served", n=70)
     assert status == 0 and "70 images" in printed
-    asked = table(document, "What was asked for")
+    asked = table(document, "Requests")
     assert asked["class", NAMES[0]] == [0, len(first)] and asked["class", NAMES[1]][0] > asked["class", NAMES[1]][1]
     assert asked["steps", "5"] == [20, 0] and sum(asked["model", "0" * 40]) == 20
     status, _, printed = judged("served")
@@ -330,7 +334,7 @@ def test_too_few_images_are_not_judged(judged, drawn, tmp_path):
     serve(tmp_path / "served", drawn[:63])
     status, document, printed = judged("served")
     assert status == 2 and document is None
-    assert "a test needs 64 images on each side, and there are 63 that were made like the golden set" in printed
+    assert "a test needs 64 images on each side; 63 have the settings and classes of the golden set" in printed
 
 
 def test_damaged_images_are_an_alarm_of_their_own(judged, drawn, tmp_path):
@@ -340,7 +344,7 @@ def test_damaged_images_are_an_alarm_of_their_own(judged, drawn, tmp_path):
     assert judged("served")[0] == 0  # 1 of 120
     data.write_png(files[1], data.grid(drawn[1][0].repeat(1, 2, 2)[None], padding=0))
     status, document, printed = judged("served")
-    assert status == 1 and "Damaged: 2 of 120 images are damaged or of another size." in printed
+    assert status == 1 and "Damaged: 2 of 120 images cannot be read or have another size." in printed
     assert document["p"] > 0.01
     for file in files[:60]:
         file.write_bytes(b"no picture")
@@ -414,22 +418,22 @@ def test_a_damaged_or_foreign_reference_is_refused(judged, reference, drawn, tmp
     content[-100] ^= 1
     (copy / "images.npz").write_bytes(content)
     status, _, printed = judged("served", golden=copy)
-    assert status == 2 and "is damaged, or of another version; make it again" in printed
+    assert status == 2 and "is damaged, or from another version; delete" in printed
     shutil.copy(reference / "images.npz", copy)
     kept = json.loads((copy / "reference.json").read_text())
     (copy / "reference.json").write_text(json.dumps(kept | {"features": "0" * 64}))
     assert judged("served", golden=copy)[0] == 2
     assert monitor.main(["reference", "--out", str(reference)]) == 2
-    assert "has a golden set already; choose another folder" in capsys.readouterr().err
+    assert "already has a golden set; choose another folder" in capsys.readouterr().err
 
 
 def test_what_the_golden_set_cannot_judge_is_refused(judged, drawn, tmp_path):
     """Another model, and a golden set that is too small for the looks that share it."""
     serve(tmp_path / "served", [(pixels, facts | {"model": "0" * 64}) for pixels, facts in drawn])
     status, _, printed = judged("served")
-    assert status == 2 and "there are 0 that were made like the golden set" in printed
+    assert status == 2 and "each side; 0 have the settings and classes of the golden set" in printed
     status, _, printed = judged("served", n=161)
-    assert status == 2 and "-n 161: all looks share the golden set, so it must have at least 5 times as many" in printed
+    assert status == 2 and "-n 161 needs a golden set of at least 805 images" in printed
 
 
 HOSTILE = [
@@ -494,7 +498,7 @@ def replay(subject, *flags) -> int:
 def test_served_images_come_out_the_same(folder, drawn, tmp_path, capsys):
     store = serve(tmp_path / "served", drawn)
     assert replay(store.folder, "--model", folder) == 0
-    assert capsys.readouterr().out.endswith("12 images drawn again, 0 differ; other models made 0 more\n")
+    assert capsys.readouterr().out.endswith("12 images drawn again, 0 differ; 0 images of other models were skipped\n")
 
 
 def test_other_pixels_weights_and_damage_are_found(folder, drawn, tmp_path, capsys):
@@ -513,7 +517,7 @@ def test_other_pixels_weights_and_damage_are_found(folder, drawn, tmp_path, caps
     assert [line.split("/")[-1].split()[0] for line in lines[1:-1]] == [f"r000{i}-0.png" for i in (0, 1, 2, 4, 5, 6)]
     assert "differs by" in lines[1] and "cannot be drawn again" in lines[4] and "is damaged" in lines[6]
     assert replay(store.folder, "--model", other) == 2
-    assert "of 7 served images, none was made by this model" in capsys.readouterr().err
+    assert "none of the 7 images in" in capsys.readouterr().err
     assert replay(tmp_path / "nowhere", "--model", folder) == 2
 
 
@@ -534,7 +538,7 @@ def test_a_server_draws_its_images_again(folder, tmp_path, capsys, monkeypatch):
         assert "4 images drawn again, 0 differ" in capsys.readouterr().out
         monkeypatch.setenv("PAPILIO_TOKEN", "another-token")
         assert replay(saved, "--url", url) == 3
-        assert "gave no image (401); is it" in capsys.readouterr().err
+        assert "gave no image (401); check that" in capsys.readouterr().err
         monkeypatch.setenv("PAPILIO_TOKEN", f"{token}\n")  # as files of secrets end
         assert replay(saved, "--url", url) == 0
         monkeypatch.setenv("PAPILIO_TOKEN", "SECRET \u20ac")
@@ -546,7 +550,7 @@ def test_a_server_draws_its_images_again(folder, tmp_path, capsys, monkeypatch):
         )
         monkeypatch.setenv("PAPILIO_TOKEN", token)
         assert replay(saved, "--url", url, "-n", "100") == 1
-        assert "cannot be drawn again: the server refuses its parameters" in capsys.readouterr().out
+        assert "cannot be drawn again: the server rejects its settings" in capsys.readouterr().out
     other = make_model(tmp_path / "other", num_class_embeds=4, class_names=NAMES, layers_per_block=2)
     monkeypatch.setenv("PAPILIO_TOKEN", "another-token")
     with serving(other, tokens=(b"another-token",)) as running:
@@ -654,15 +658,16 @@ def test_an_episode_has_one_message_and_one_recovery(watch, drawn, tmp_path):
     assert statuses == [0, 1, 1, 1, 1, 0, 0]
     assert [i for i, _ in messages] == [1, 5]
     assert (
-        messages[0][1].startswith("Drift: 64 images differ") and messages[1][1] == "Recovered: no more sign of drift."
+        messages[0][1].startswith("Drift: 64 images differ")
+        and messages[1][1] == "Recovered: the drift alarm has ended."
     )
     state = json.loads((tmp_path / "watch/state.json").read_text())
-    assert state["looks"] == 7 and len(state["history"]) == 7 and not state["unsent"]
+    assert state["tests"] == 7 and len(state["history"]) == 7 and not state["unsent"]
     assert len(list((tmp_path / "watch").glob("alarm-*.html"))) in (1, 2) and (tmp_path / "watch/report.html").exists()
     assert watch()[0] == 0  # no image is used twice
-    assert json.loads((tmp_path / "watch/state.json").read_text())["looks"] == 7
+    assert json.loads((tmp_path / "watch/state.json").read_text())["tests"] == 7
     metrics = (tmp_path / "watch/papilio.prom").read_text()
-    assert 'papilio_watch_alarm{kind="drift"} 0\n' in metrics and "papilio_watch_looks_total 7\n" in metrics
+    assert 'papilio_watch_alarm{kind="drift"} 0\n' in metrics and "papilio_watch_tests_total 7\n" in metrics
     assert (
         "# TYPE papilio_watch_timestamp_seconds gauge\n" in metrics and "papilio_watch_timestamp_seconds 1" in metrics
     )
@@ -672,7 +677,7 @@ def test_a_message_is_sent_until_it_is_taken(watch, hook, drawn, tmp_path):
     add(tmp_path, darker(drawn[:64]), "dark")
     hook.answers += [500, 302, 404]
     status, messages, printed = watch()
-    assert status == 1 and messages == [] and printed.count("the webhook took no message (HTTPError") == 3
+    assert status == 1 and messages == [] and printed.count("the webhook did not accept a message (") == 3
     assert "papilio_watch_unsent_messages 1\n" in (tmp_path / "watch/papilio.prom").read_text()
     hook.answers += [503]
     status, messages, _ = watch()  # another process
@@ -693,22 +698,22 @@ def test_a_message_survives_a_process_that_is_killed_while_it_sends(watch, drawn
 def test_images_that_are_too_young_wait(watch, drawn, tmp_path):
     add(tmp_path, darker(drawn[:64]), "young", age=20)
     assert watch()[:2] == (0, [])
-    assert json.loads((tmp_path / "watch/state.json").read_text())["looks"] == 0
+    assert json.loads((tmp_path / "watch/state.json").read_text())["tests"] == 0
 
 
 def test_silence_and_damage_are_alarms(watch, drawn, tmp_path):
     store = data.ServedImages(tmp_path / "served", 10**9)
     add(tmp_path, drawn[:20], "old", age=2 * 3600)
     status, messages, _ = watch("--stale", "1")
-    assert status == 1 and messages == [f"Stale: no image was saved in {tmp_path / 'served'} for 1 hours."]
+    assert status == 1 and messages == [f"Stale: no image was saved in {tmp_path / 'served'} for 1 h."]
     add(tmp_path, drawn[20:100], "new", age=600)
     (day,) = store.days()
     for i in (60, 70, 79):
         (day / f"new{i}-0.png").write_bytes(b"no picture")
     status, messages, _ = watch("--stale", "1")
     assert status == 1 and messages == [
-        "Recovered: no more sign of stale.",
-        "Damaged: 3 of 67 images are damaged or of another size.",
+        "Recovered: the stale alarm has ended.",
+        "Damaged: 3 of 67 images cannot be read or have another size.",
     ]
 
 
@@ -719,7 +724,7 @@ def test_another_model_is_an_alarm(watch, drawn, tmp_path):
     assert status == 1 and len(messages) == 1 and messages[0].startswith("Model: images were made by 000000000000, and")
     add(tmp_path, drawn[:64], "back", age=100)
     status, messages, _ = watch()
-    assert status == 0 and messages == ["Recovered: no more sign of model."]
+    assert status == 0 and messages == ["Recovered: the model alarm has ended."]
 
 
 def test_a_look_that_cannot_be_judged_does_not_end_the_watch(watch, reference, drawn, tmp_path, monkeypatch):
@@ -743,7 +748,7 @@ def test_a_wrong_address_in_the_environment_is_refused(reference, tmp_path, monk
     flags = ["--reference", str(reference), "-n", "64", "--every", "0", "--out", str(tmp_path)]
     assert monitor.main(["watch", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
-    assert "$PAPILIO_WEBHOOK: this is no address like https://host/path" in error and "SECRET" not in error
+    assert "$PAPILIO_WEBHOOK: not a web address; give one like https://host/path" in error and "SECRET" not in error
     monkeypatch.delenv("PAPILIO_WEBHOOK")
     assert monitor.main(["watch", str(tmp_path / "nowhere"), *flags]) == 2
     assert "name the folder that `server.py --save` writes" in capsys.readouterr().err
@@ -762,7 +767,7 @@ def test_it_looks_again_and_again(watch, reference, drawn, tmp_path, monkeypatch
     add(tmp_path, drawn[:64], "first")
     flags = ["--reference", str(reference), "-n", "64", "--every", "7", "--out", str(tmp_path / "watch")]
     assert status_of(monitor.main, ["watch", str(tmp_path / "served"), *flags]) == 0
-    assert pauses == [7, 7, 7] and json.loads((tmp_path / "watch/state.json").read_text())["looks"] == 1
+    assert pauses == [7, 7, 7] and json.loads((tmp_path / "watch/state.json").read_text())["tests"] == 1
     other = ["--reference", str(reference), "-n", "64", "--every", "0", "--out", str(tmp_path / "watch")]
     state = json.loads((tmp_path / "watch/state.json").read_text())
     (tmp_path / "watch/state.json").write_text(json.dumps(state | {"golden": {}}))
@@ -773,4 +778,4 @@ def test_it_looks_again_and_again(watch, reference, drawn, tmp_path, monkeypatch
 def test_a_wrong_address_is_not_repeated(address, capsys):
     assert status_of(monitor.main, ["watch", "served", "--webhook", address]) == 2
     error = capsys.readouterr().err
-    assert "--webhook: this is no address like https://host/path" in error and "SECRET" not in error
+    assert "--webhook: not a web address; give one like https://host/path" in error and "SECRET" not in error
