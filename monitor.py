@@ -403,7 +403,7 @@ def make_reference(args: argparse.Namespace) -> None:
     chosen = {flag.dest: getattr(args, flag.dest) for flag in sample.DRAW_FLAGS[3:]}
     request = sample.DrawRequest(n=args.n, seed=GOLDEN_SEED, classes=None, **chosen)
     table, config = request.table(model.schedule), model.network.config
-    print(f"{which}: {model.shape[2]} px, {args.sampler}, {len(table)} steps, {device.type}, {model.precision}")
+    print(f"{which}: {model.shape[2]} px, {args.sampler}, steps {len(table)}, {device.type}, {model.precision}")
     labels, seeds = zip(*request.images(config), strict=True)
     pixels = sample.draw_all(model, seeds, table, labels, guidance=args.guidance)
     images = measure(load_features(), pixels, [label or 0 for label in labels], [f"seed {seed}" for seed in seeds])
