@@ -837,7 +837,7 @@ def report_watch(args: argparse.Namespace) -> int:
     network, file = load_features(), args.out / "state.json"
     golden = read_golden(args.reference, network)
     state, webhook = read_state(file, golden), args.webhook
-    if not webhook and "PAPILIO_WEBHOOK" in os.environ:
+    if not webhook and os.environ.get("PAPILIO_WEBHOOK"):
         try:
             webhook = web_address(os.environ["PAPILIO_WEBHOOK"].strip())
         except argparse.ArgumentTypeError as error:

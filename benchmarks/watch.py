@@ -295,8 +295,8 @@ def controls(study: Study) -> list[str]:
         "new seeds": sets.fresh.rows(slice(512)),
         "PNG encoded again": measured(decoded, sets.fresh.labels[:512]),
         "another order": sets.fresh.rows(order),
-        "batches of 5": draw("batch5", 256, 5 * 10**9, size=5),
-        "bf16": half("bf16", 192, 5 * 10**9),
+        "batches of 5": draw("batch5", 160, 5 * 10**9, size=5),
+        "bf16": half("bf16", 160, 5 * 10**9),
     }
     rows = [[name, f"{rejected(sets.looks(images, n, LOOKS)):.2f}"] for name, images in current.items()]
     return common.table(["control", f"share of {LOOKS} looks at {n} images that are rejected at {ALPHA}"], rows)
