@@ -426,6 +426,8 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
     """Reads what make_reference wrote, or other pictures, scaled to size x size."""
     file = Path(source) / "images.npz"
     if not file.with_name("reference.json").exists():
+        if source == "reference" and not file.parent.is_dir():
+            raise InputError("--reference reference: there is no such golden set; draw one with `monitor.py reference`")
         side = size or 64
         images = read_images(source, (3, side, side))
         images = random_subset(images, len(images.images))

@@ -408,6 +408,8 @@ def test_pictures_of_any_origin_are_compared(judged, drawn, tmp_path):
     assert judged("plain", "--size", 16, golden="a")[0] == 0
     few, _, printed = judged("a", golden=str(tmp_path / "nowhere"))
     assert few == 2 and "nowhere" in printed
+    few, _, printed = judged("a", golden="reference")
+    assert few == 2 and "there is no such golden set; draw one with `monitor.py reference`" in printed
 
 
 def test_a_damaged_or_foreign_reference_is_refused(judged, reference, drawn, tmp_path, capsys):
