@@ -287,7 +287,7 @@ def controls(study: Study) -> list[str]:
     """What must not raise an alarm, and bfloat16, which is stated as it comes out."""
     sets, draw = study.sets, study.draw
     half = replace(draw, model=sample.load(draw.model.folder.parent, precision="bf16"))
-    pixels, n = sets.fresh.pixels[:512], 128
+    pixels, n = sets.fresh.pixels[:512], 64
     encoded = [data.encode_png(data.grid(image[None], padding=0)) for image in pixels]
     decoded = torch.stack([torch.from_numpy(data.decode_png(io.BytesIO(png)).copy()) for png in encoded])
     order = torch.randperm(len(pixels), generator=data.generator("order"))
@@ -296,7 +296,7 @@ def controls(study: Study) -> list[str]:
         "PNG encoded again": measured(decoded, sets.fresh.labels[:512]),
         "another order": sets.fresh.rows(order),
         "batches of 5": draw("batch5", 160, 5 * 10**9, size=5),
-        "bf16": half("bf16", 160, 5 * 10**9),
+        "bf16": half("bf16", 96, 5 * 10**9),
     }
     rows = [[name, f"{rejected(sets.looks(images, n, LOOKS)):.2f}"] for name, images in current.items()]
     return common.table(["control", f"share of {LOOKS} looks at {n} images that are rejected at {ALPHA}"], rows)
