@@ -693,6 +693,7 @@ def test_a_message_survives_a_process_that_is_killed_while_it_sends(watch, drawn
     with monkeypatch.context() as patch:
         patch.setattr(monitor, "send", lambda *_: sys.exit(9))
         assert status_of(watch) == 9
+    assert len(json.loads((tmp_path / "watch/state.json").read_text())["unsent"]) == 1
     status, messages, _ = watch()
     assert status == 1 and len(messages) == 1 and messages[0].startswith("Drift")
 
