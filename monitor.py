@@ -610,13 +610,17 @@ def judge(golden: Golden, current: Measured, unreadable: int, alpha: float) -> t
     return findings, {"verdict": findings["damaged"], "alarm": any(findings.values()), "facts": facts, **document}
 
 
-def test_served(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
-    """Judges up to args.n of the chosen served images. Returns what `judge` does."""
-    if 5 * args.n > len(golden.images.labels):
+def require_size(golden: Golden, n: int) -> None:
+    """Raises InputError if a golden set is too small for tests of n images, which all share it."""
+    if 5 * n > len(golden.images.labels):
         raise InputError(
-            f"-n {args.n} needs a golden set of at least {5 * args.n} images, and {golden.source} has "
+            f"-n {n} needs a golden set of at least {5 * n} images, and {golden.source} has "
             f"{len(golden.images.labels)}; choose a smaller -n or draw a larger golden set"
         )
+
+
+def test_served(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
+    """Judges up to args.n of the chosen served images. Returns what `judge` does."""
     store = data.ServedImages(Path(args.subject))
     findings, document = judge(golden, *read_served(store, chosen, golden, args.n, network), args.alpha)
     document["tables"] += [requests_table(records, args.n), votes_table(store)]
@@ -629,6 +633,7 @@ def report_drift(args: argparse.Namespace) -> int:
     golden = read_golden(args.reference, network, args.size)
     store = data.ServedImages(Path(args.subject))
     if store.folder.is_dir() and store.days():
+        require_size(golden, args.n)
         records = served_records(store)
         findings, document = test_served(args, golden, network, records, reversed(comparable(records, golden)))
     else:
@@ -838,6 +843,7 @@ def report_watch(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     network, file = load_features(), args.out / "state.json"
     golden = read_golden(args.reference, network)
+    require_size(golden, args.n)
     state, webhook = read_state(file, golden), args.webhook
     if not webhook and os.environ.get("PAPILIO_WEBHOOK"):
         try:

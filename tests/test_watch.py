@@ -749,6 +749,8 @@ def test_a_look_that_cannot_be_judged_does_not_end_the_watch(watch, reference, d
 def test_a_wrong_address_in_the_environment_is_refused(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PAPILIO_WEBHOOK", "file:///etc/SECRET")
     flags = ["--reference", str(reference), "-n", "64", "--every", "0", "--out", str(tmp_path)]
+    assert monitor.main(["watch", str(tmp_path), *flags, "-n", "161"]) == 2
+    assert "-n 161 needs a golden set of at least 805 images" in capsys.readouterr().err
     assert monitor.main(["watch", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
     assert "$PAPILIO_WEBHOOK: not a web address; give one like https://host/path" in error and "SECRET" not in error
