@@ -493,26 +493,6 @@ class ServedImages:
             day.rmdir()
 
 
-# ---- HTTP ------------------------------------------------------------------------------------------------------------
-
-
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: it would take a token or a secret address elsewhere."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
-def fetch(url: str, body: bytes | None = None, headers: Mapping | None = None, limit: int = 10**8) -> tuple:
-    """Returns headers of a response, and up to `limit` bytes of its body. Raises OSError, HTTPException or ValueError.
-
-    A wait for data may last 60 seconds.
-    """
-    opener = urllib.request.build_opener(NoRedirects)
-    with opener.open(urllib.request.Request(url, body, headers or {}), timeout=60) as response:
-        return response.headers, response.read(limit)
-
-
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 

@@ -46,9 +46,9 @@ import torch
 from torch import Tensor
 
 import data
-import monitor
 import sample
 import unet
+from builtin import telemetry
 from data import Flag, InputError, real, whole
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
@@ -335,7 +335,7 @@ Members = list[tuple[Job, sample.Drawing]]
 class Engine:
     """Owns the network: admits jobs, and advances a batch of their images by one step at a time, in its own thread."""
 
-    def __init__(self, batch: int, capacity: int, exact: bool, metrics: monitor.Metrics):
+    def __init__(self, batch: int, capacity: int, exact: bool, metrics: telemetry.Metrics):
         self.batch = sample.EXACT_BATCH if exact else batch
         self.capacity, self.exact, self.metrics = capacity, exact, metrics
         self.lock = threading.Condition()
@@ -1063,9 +1063,11 @@ def gauges(server: "Server") -> dict:
     if server.store:
         numbers["papilio_saved_bytes"] = server.store.bytes
     if model:
-        key = monitor.labelled("papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision)
+        key = telemetry.labelled(
+            "papilio_model_info", hash=model.hash, pixels=model.shape[1], precision=model.precision
+        )
         numbers[key] = 1
-    return numbers | monitor.process_gauges()
+    return numbers | telemetry.process_gauges()
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1145,7 +1147,7 @@ def serve(args: argparse.Namespace) -> int:
     device = sample.choose_device(args.device)
     source = args.model, device, sample.choose_precision(device, args.precision), args.model_hash
     store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
-    engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), monitor.Metrics())
+    engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), telemetry.Metrics())
     server = Server(
         (args.host, args.port),
         engine,

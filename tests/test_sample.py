@@ -429,8 +429,8 @@ MAY_IMPORT = {
     "data": {"builtin", "numpy", "PIL", "tqdm", "datasets", "torchvision"},
     "sample": {"ddpm", "unet", "data", "tqdm"},
     "monitor": {"ddpm", "data", "sample", "builtin", "numpy"},
-    "train": {"ddpm", "unet", "data", "sample", "monitor", "numpy", "PIL", "tqdm"},
-    "server": {"unet", "data", "sample", "monitor"},  # unet for its strict JSON parser
+    "train": {"ddpm", "unet", "data", "sample", "monitor", "builtin", "numpy", "PIL", "tqdm"},
+    "server": {"unet", "data", "sample", "builtin"},  # unet for its strict JSON parser
 }
 
 

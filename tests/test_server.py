@@ -28,6 +28,7 @@ import ddpm
 import monitor
 import sample
 import server
+from builtin import telemetry
 from data import InputError
 from tests.conftest import status_of
 from tests.test_sample import NAMES, make_model
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
 @contextmanager
 def serving(folder, *, work=True, batch=4, capacity=10**6, exact=False, precision="fp32", **options):
     """A server in this process on a free port; its engine at rest unless it is to `work`."""
-    engine = server.Engine(batch, capacity, exact, monitor.Metrics())
+    engine = server.Engine(batch, capacity, exact, telemetry.Metrics())
     served = server.Server(("127.0.0.1", 0), engine, **options)
     served.port = served.server_address[1]
     listening = threading.Thread(target=served.serve_forever, args=(0.05,), daemon=True)
@@ -716,7 +717,7 @@ class World:
     def __init__(self, monkeypatch, rate=70.0, believed=1.0, seconds=120.0):
         monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.now, self.rate, self.seconds = 0.0, rate, seconds
-        self.engine = server.Engine(8, 20_000, False, monitor.Metrics())
+        self.engine = server.Engine(8, 20_000, False, telemetry.Metrics())
         self.engine.rate = rate * believed
         self.worked, self.ended, self.refused = 0, {}, []  # predictions, {job: time of its end}, Retry-After
 
@@ -857,7 +858,7 @@ def test_what_cannot_be_in_time_holds_up_nobody(monkeypatch):
 
 def test_the_rate_follows_what_is_seen(folder):
     """Full steps, and single images that are faster than the rate."""
-    engine = server.Engine(4, 10**6, False, monitor.Metrics())
+    engine = server.Engine(4, 10**6, False, telemetry.Metrics())
     engine.load(folder, torch.device("cpu"), "fp32")
     measured, engine.rate = engine.rate, 1.0
     engine.submit(job_of(engine.model, 1, 200))
@@ -935,7 +936,7 @@ def job_of(model, images: int, steps: int, seed=0, guidance=1.0) -> server.Job:
 
 def test_guided_requests_take_two_places(folder):
     """A guided image-step takes two predictions: half as many of them, and no step much larger than the batch."""
-    engine = server.Engine(8, 10**6, False, monitor.Metrics())
+    engine = server.Engine(8, 10**6, False, telemetry.Metrics())
     engine.load(folder, torch.device("cpu"), "fp32")
     for i in range(4):
         engine.submit(job_of(engine.model, 3, 1000, guidance=2.0 if i < 2 else 1.0))
@@ -1104,7 +1105,7 @@ def test_an_error_of_the_server_is_not_taken_for_a_client_that_left(folder, monk
 def test_connections_follow_the_limit_of_open_files(folder, monkeypatch):
     for limit, connections in ((10, 2), (164, 50), (320, 128), (576, 256), (10**6, 256)):
         monkeypatch.setattr(server, "file_limit", lambda limit=limit: limit)
-        with server.Server(("127.0.0.1", 0), server.Engine(4, 100, False, monitor.Metrics())) as made:
+        with server.Server(("127.0.0.1", 0), server.Engine(4, 100, False, telemetry.Metrics())) as made:
             assert made.max_connections == connections and made.engine.max_jobs == connections * 7 // 8
 
 
@@ -1543,7 +1544,7 @@ def test_metrics_are_well_formed_and_add_up(served):
     get(served, steps=2)
     page = get(served, "/metrics")[2].decode()
     types = parse_metrics(page)
-    assert set(types) == set(monitor.METRICS)
+    assert set(types) == set(telemetry.METRICS)
     counted = gauges(served)
     for name, kind in types.items():
         if kind == "histogram":
@@ -1559,7 +1560,7 @@ def test_metrics_are_well_formed_and_add_up(served):
 
 
 def test_labels_are_escaped():
-    metrics = monitor.Metrics()
+    metrics = telemetry.Metrics()
     metrics.add("papilio_model_loads_total", result='a"b\\c\nd')
     assert 'result="a\\"b\\\\c\\nd"' in metrics.page({})
     parse_metrics(metrics.page({}))
@@ -1818,7 +1819,7 @@ def test_log_lines_for_machines(folder):
 
 
 def test_names_of_hosts():
-    engine = server.Engine(4, 100, False, monitor.Metrics())
+    engine = server.Engine(4, 100, False, telemetry.Metrics())
     with server.Server(
         ("127.0.0.1", 0), engine, hosts=["Papilio.Example:8443", "fd00::1", "[fd00::2]", "[FD00::3]:80"]
     ) as made:

@@ -23,7 +23,7 @@ import ddpm
 import sample
 import train
 import unet
-from builtin import butterflies
+from builtin import butterflies, muon
 from tests.conftest import OFTEN, TINY, randomise, status_of
 from tests.shapes import make_shapes
 
@@ -1153,7 +1153,7 @@ def test_density_without_a_timestep(tmp_path, capsys, fit):
 def test_orthogonalise_keeps_directions_and_evens_sizes(rows, columns):
     """Against the singular value decomposition, whose U V^T is what is approached."""
     x = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
-    found = train.orthogonalise(x)
+    found = muon.orthogonalise(x)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ found @ vh.mT
     sizes = inner.diagonal(dim1=1, dim2=2)
@@ -1167,13 +1167,13 @@ def test_muon_is_that_of_pytorch_on_matrices():
     start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
     ours = [value.clone().requires_grad_() for value in start]
     peers = [value.clone().flatten(1).requires_grad_() for value in start]
-    muon = train.Muon(ours, lr=0.02, weight_decay=0.1)
+    optimizer = muon.Muon(ours, lr=0.02, weight_decay=0.1)
     peer = torch.optim.Muon(peers, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
     for step in range(4):
         for i, (a, b) in enumerate(zip(ours, peers, strict=True)):
             a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(100 * step + i))
             b.grad = a.grad.flatten(1).clone()
-        muon.step()
+        optimizer.step()
         peer.step()
     for a, b, value in zip(ours, peers, start, strict=True):
         moved = b - value.flatten(1)

@@ -532,7 +532,7 @@ def test_a_server_draws_its_images_again(folder, tmp_path, capsys, monkeypatch):
         url = f"http://127.0.0.1:{running.port}"
         headers = {"Authorization": f"Bearer {token}"}
         for query in ("seed=7&n_images=3", "seed=9&class=cat&guidance=2&sampler=ddim&eta=0.5&spacing=leading"):
-            data.fetch(f"{url}/generate_sample/?{query}&steps=3", headers=headers)
+            monitor.fetch(f"{url}/generate_sample/?{query}&steps=3", headers=headers)
         deadline = time.monotonic() + 20
         while len(list(saved.rglob("*.png"))) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
