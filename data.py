@@ -6,24 +6,21 @@
 
 `prepare` decodes a source once and caches the result; `split` sets aside held-out images that have no near-duplicate
 among the training images. `batch_indices`, `flip` and `generator` are pure functions of (seed, step), so there is no
-loader state. The file also owns PNG and atomic writing, the folder of served images, and what all command lines share.
+loader state. The file also owns PNG and atomic writing, and what all command lines share.
 """
 
 import argparse
 import errno
 import functools
 import hashlib
-import heapq
 import io
 import itertools
 import json
 import math
 import operator
 import os
-import queue
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -34,10 +31,15 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked
+    fcntl = None
 
 import numpy as np
 import torch
@@ -52,7 +54,6 @@ SIZES = (8, 1024)  # 8: the near-duplicate descriptor has 8 x 8 cells
 SHORT_NAMES = {"smithsonian": "huggan/smithsonian_butterflies_subset"}
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 HUB_SECONDS = 5.0
-MAX_SAVES = 100  # requests whose images wait to be saved
 # RMS difference in levels of 255. 11 pairs of 700 butterflies on white and 84 pairs of CIFAR-10 (both at 32 px) are
 # closer. All that were looked at show one photograph, recompressed, shifted or mirrored, or specimens that are hard to
 # tell apart; no group has more than 3 images. At 12, different specimens join in a chain of 18.
@@ -259,7 +260,7 @@ def flip(images: Tensor, seed: int, step: int, start: int = 0, total: int | None
 
 
 @contextmanager
-def disk_errors(action: str, remedy="free some space, check its permissions or choose another place") -> Iterator[None]:
+def disk_errors(action: str, remedy: str = "") -> Iterator[None]:
     """Turns an OSError (disk full, no permission, is a directory) into an InputError: one sentence with a remedy."""
     try:
         yield
@@ -267,6 +268,10 @@ def disk_errors(action: str, remedy="free some space, check its permissions or c
         reason = error.strerror or str(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a file is where a folder is needed"
+        usual = "check its permissions or choose another place"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            usual = "free some space or choose another place"
+        remedy = remedy or usual
         raise InputError(f"cannot {action}: {reason}; {remedy}") from error
 
 
@@ -295,6 +300,37 @@ def atomic_write(path: Path | str, write: Callable) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Deletes what killed calls of atomic_write left in a folder that no other process writes to."""
+    with disk_errors(f"delete temporary files in {folder}"):
+        for file in folder.rglob(".*.tmp"):
+            if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", file.name):
+                file.unlink()
+
+
+@contextmanager
+def locked(file: Path, holder: str, sentence: str) -> Iterator[None]:
+    """Locks a file, into which it writes the name of its holder. Raises InputError(sentence) if it is locked already.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    with ExitStack() as stack:
+        with disk_errors(f"lock {file}"):
+            opened = stack.enter_context(open(file, "a+", encoding="utf-8"))
+        try:
+            if fcntl:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(sentence) from None
+        except OSError:  # a file system without locks
+            pass
+        with disk_errors(f"write {file}"):
+            opened.truncate(0)
+            opened.write(holder)
+            opened.flush()
+        yield
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -338,159 +374,6 @@ def write_png(path: Path | str, *picture) -> None:
     format = "GIF" if Path(path).suffix.lower() == ".gif" else "PNG"
     encoded = encode_png(*picture, format=format)
     atomic_write(path, lambda file: file.write(encoded))
-
-
-# ---- served images ---------------------------------------------------------------------------------------------------
-
-
-class ServedImages:
-    """A folder of the images that the server has made: written by the server, read by the monitor.
-
-    An image is `<day>/<request>-<k>.png`. A line of JSON with its facts is in `<day>/<process>.jsonl`; so is a line for
-    each vote. Above `limit` bytes images are deleted: those of the oldest day first, and those of one day in random
-    order, so that an even sample of the day stays. Several threads and processes may save into one folder. Without a
-    limit the folder is only read. Links and everything else that is not a plain file are never followed or opened.
-    """
-
-    def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.limit, self.lock = folder, limit, threading.Lock()
-        self.waiting: queue.Queue = queue.Queue(MAX_SAVES)  # calls of `save` and `save_vote`, without arguments
-        self.log_name = f"{os.getpid()}-{os.urandom(4).hex()}.jsonl"
-        if limit:
-            with disk_errors(f"write to {folder}"):
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-                self.scan()
-
-    def days(self) -> list[Path]:
-        """Lists the folders of days, oldest first. Links, and folders without a log, belong to something else."""
-        named = (path for path in self.folder.iterdir() if re.fullmatch(r"\d{4}-\d\d-\d\d", path.name))
-        return sorted(day for day in named if not day.is_symlink() and self.logs(day))
-
-    def logs(self, day: Path) -> list[Path]:
-        named = (log for log in day.glob("*.jsonl") if re.fullmatch(r"\d+-[0-9a-f]{8}\.jsonl", log.name))
-        return sorted(log for log in named if log.is_file() and not log.is_symlink())
-
-    def lines(self, day: Path) -> Iterator[dict]:
-        """Yields the lines of a day's logs that are JSON objects with a time."""
-        for log in self.logs(day):
-            lines = []
-            with suppress(OSError):  # deleted by another process
-                lines = log.read_bytes().splitlines()
-            for line in lines:
-                # Cut off by a crash, or not ours.
-                with suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
-                    facts = json.loads(line)
-                    if math.isfinite(float(facts["time"])):
-                        yield facts
-
-    def records(self, day: Path) -> Iterator[tuple]:
-        """Yields (file, facts) of each image that the logs of a day name, whether it still exists or not."""
-        for facts in self.lines(day):
-            if re.fullmatch(r"[\w-]+-\d+\.png", str(facts.get("file"))):  # in this folder, whatever the line says
-                yield day / facts["file"], facts
-
-    def read(self, file: Path) -> ndarray | None:
-        """Returns the pixels of an image: uint8 (C, H, W), or None if it is damaged. Raises FileNotFoundError."""
-        try:
-            if stat.S_ISREG(file.lstat().st_mode):
-                return decode_png(file)
-        except FileNotFoundError:
-            raise
-        except Exception:  # decoders raise nearly anything for a damaged file
-            pass
-        return None
-
-    def scan(self) -> None:
-        """Lists the images that this and other processes have saved, as a heap whose first image is deleted first."""
-        self.images, self.bytes, self.unscanned = [], 0, 0
-        for day in self.days():
-            for log in self.logs(day):
-                with suppress(OSError):  # deleted by another process
-                    self.bytes += log.stat().st_size
-            for file, _ in self.records(day):
-                with suppress(OSError):
-                    self._add(file, file.lstat().st_size)
-
-    def _add(self, file: Path, size: int) -> None:
-        order = hashlib.blake2b(file.name.encode()).digest()  # random, and the same in all processes
-        heapq.heappush(self.images, (file.parent.name, order, file, size))
-        self.bytes += size
-
-    def save(self, name: str, images: Sequence[tuple]) -> tuple[list, list]:
-        """Saves (uint8 (C, H, W) image, facts) pairs. Returns errors and the images deleted to make room."""
-        day = self._today()
-        errors, deleted = [], []
-        with self.lock:
-            for k, (pixels, facts) in enumerate(images):
-                facts = {"file": f"{name}-{k}.png", "request": name, "time": f"{time.time():.3f}", **facts}
-                try:
-                    deleted += self._save_one(day / facts["file"], pixels, facts)
-                except (InputError, OSError) as error:
-                    errors.append(error)
-        return errors, deleted
-
-    def save_waiting(self, report: Callable) -> None:
-        """Makes the calls in the queue `waiting`, and calls report(errors, deleted) after each. It never returns."""
-        while True:
-            report(*self.waiting.get()())
-            self.waiting.task_done()
-
-    def save_vote(self, facts: dict) -> tuple[list, list]:
-        """Appends a vote to the log of the day. Returns errors, and nothing deleted."""
-        with self.lock:
-            try:
-                self._append(self._today(), facts)
-            except OSError as error:
-                return [error], []
-        return [], []
-
-    def _today(self) -> Path:
-        return self.folder / time.strftime("%Y-%m-%d", time.gmtime())
-
-    def _append(self, day: Path, facts: dict) -> None:
-        """Appends a line to the log of a day: all of it or, if the disk is full, nothing."""
-        day.mkdir(exist_ok=True)
-        line = json.dumps(facts).encode() + b"\n"
-        with open(day / self.log_name, "ab", buffering=0) as log:
-            end = log.tell()
-            if log.write(line) < len(line):
-                log.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _save_one(self, path: Path, pixels: Tensor, facts: dict) -> list[Path]:
-        """Saves an image unless it is the first to delete. Returns the deleted files."""
-        encoded = encode_png(grid(pixels[None], padding=0), facts)
-        size = len(encoded) + len(json.dumps(facts)) + 1
-        if self.unscanned > self.limit / 50:  # others save here too
-            self.scan()
-        self._add(path, size)
-        self.unscanned += size
-        deleted = self._make_room()
-        if path not in deleted:
-            self._append(path.parent, facts)  # first, so that no file is without a line
-            atomic_write(path, lambda file: file.write(encoded))
-        return deleted
-
-    def _make_room(self) -> list[Path]:
-        """Deletes images, and logs of days without images, until the rest fit. Returns the images."""
-        deleted = []
-        while self.bytes > self.limit and self.images:
-            day, _, file, size = heapq.heappop(self.images)
-            self.bytes -= size
-            with suppress(OSError):  # somebody else's by now, or gone
-                file.unlink()
-            deleted.append(file)
-            if self.images and self.images[0][0] != day:
-                self._delete_logs(file.parent)
-        return deleted
-
-    def _delete_logs(self, day: Path) -> None:
-        with suppress(OSError):  # other files are kept
-            for log in self.logs(day):
-                self.bytes -= log.stat().st_size
-                log.unlink()
-            day.rmdir()
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -767,6 +650,7 @@ def prepare(
         return dataset
     with disk_errors(f"prepare {found.name} in {cache}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_scratch(folder.parent)
         scratch = folder.with_name(f".{key[:16]}.{os.urandom(6).hex()}")
         scratch.mkdir()
         try:
@@ -777,6 +661,16 @@ def prepare(
     if dataset := _open(folder):
         return dataset
     raise InputError(f"the prepared data in {folder} changed while it was written; run again")
+
+
+def _remove_scratch(parent: Path) -> None:
+    """Deletes scratch folders into which nothing was written for a day: their processes were killed."""
+    for folder in parent.glob(".*"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.[0-9a-f]{12}", folder.name):
+            with suppress(OSError):  # another process deletes it too
+                newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+                if time.time() - newest > 86_400:
+                    shutil.rmtree(folder)
 
 
 def _prepare_auto(size: int, **options) -> Dataset:

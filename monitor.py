@@ -49,6 +49,7 @@ from builtin.features import (
     load_features,
     statistics_of,
 )
+from builtin.served_images import ServedImages
 from builtin.telemetry import exposition, labelled
 from data import Flag, InputError, real, whole
 
@@ -446,7 +447,7 @@ def read_golden(source: str, network: Features, size: int | None = None) -> Gold
     return Golden(source, images, tuple(kept["classes"]), kept["facts"])
 
 
-def served_records(store: data.ServedImages) -> list[tuple]:
+def served_records(store: ServedImages) -> list[tuple]:
     """Returns (file, facts) of each served image that has not been deleted, oldest first."""
     with data.disk_errors(f"read {store.folder}", "name the folder that `server.py --save` writes"):
         records = [record for day in store.days() for record in store.records(day) if os.path.lexists(record[0])]
@@ -465,7 +466,7 @@ def comparable(records: list[tuple], golden: Golden) -> list[tuple]:
 
 
 def read_served(
-    store: data.ServedImages, records: Iterable[tuple], golden: Golden, most: int, network: Features
+    store: ServedImages, records: Iterable[tuple], golden: Golden, most: int, network: Features
 ) -> tuple[Measured, int]:
     """Reads up to `most` images. Returns them, and how many others are damaged or of another size."""
     shape = golden.images.pixels.shape[1:]
@@ -528,7 +529,7 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
     return tuple((part + z * z / 2 + side) / (whole + z * z) for side in (-half, half))
 
 
-def votes_table(store: data.ServedImages) -> dict:
+def votes_table(store: ServedImages) -> dict:
     """Counts votes by model."""
     lines = [line for day in store.days() for line in store.lines(day)]
     votes = Counter((str(line.get("model"))[:12], line["vote"]) for line in lines if line.get("vote") in ("up", "down"))
@@ -620,7 +621,7 @@ def require_size(golden: Golden, n: int) -> None:
 
 def test_served(args: argparse.Namespace, golden: Golden, network: Features, records: list, chosen: Iterable) -> tuple:
     """Judges up to args.n of the chosen served images. Returns what `judge` does."""
-    store = data.ServedImages(Path(args.subject))
+    store = ServedImages(Path(args.subject))
     findings, document = judge(golden, *read_served(store, chosen, golden, args.n, network), args.alpha)
     document["tables"] += [requests_table(records, args.n), votes_table(store)]
     return findings, document | {"title": f"Images served from {args.subject}"}
@@ -630,7 +631,7 @@ def report_drift(args: argparse.Namespace) -> int:
     """Judges the newest served images, or a set of pictures. Returns 1 if something is wrong."""
     network = load_features()
     golden = read_golden(args.reference, network, args.size)
-    store = data.ServedImages(Path(args.subject))
+    store = ServedImages(Path(args.subject))
     if store.folder.is_dir() and store.days():
         require_size(golden, args.n)
         records = served_records(store)
@@ -699,7 +700,7 @@ def redraw_over_http(address: str, facts: dict) -> tuple[str, np.ndarray]:
         ) from None
 
 
-def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callable) -> str:
+def difference(store: ServedImages, file: Path, facts: dict, redraw: Callable) -> str:
     """Returns how a served image differs from its redrawn copy, "" if only by rounding."""
     try:
         image = store.read(file)
@@ -723,7 +724,7 @@ def difference(store: data.ServedImages, file: Path, facts: dict, redraw: Callab
 
 def report_replay(args: argparse.Namespace) -> int:
     """Draws served images again and compares them. Returns 1 if one differs by more than rounding."""
-    store = data.ServedImages(Path(args.subject))
+    store = ServedImages(Path(args.subject))
     records = served_records(store)
     if args.url:  # assume the model that made most images
         model_hash = Counter(str(facts.get("model")) for _, facts in records).most_common(1)
@@ -819,7 +820,7 @@ def other_models(records: list[tuple], golden: Golden) -> str:
 def check_once(args: argparse.Namespace, golden: Golden, network: Features, state: dict) -> dict:
     """Checks for silence and other models, and tests the images that came since the last test, if they are enough."""
     now = time.time()
-    records = [pair for pair in served_records(data.ServedImages(Path(args.subject))) if float(pair[1]["time"]) <= now]
+    records = [pair for pair in served_records(ServedImages(Path(args.subject))) if float(pair[1]["time"]) <= now]
     newest = float(records[-1][1]["time"]) if records else state["started"]
     stale = f"Stale: no image was saved in {args.subject} for {args.stale} h."
     findings = {"stale": stale if now - newest > args.stale * 3600 else ""}

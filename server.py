@@ -48,7 +48,7 @@ from torch import Tensor
 import data
 import sample
 import unet
-from builtin import telemetry
+from builtin import served_images, telemetry
 from data import Flag, InputError, real, whole
 
 MAX_HEAD = 32 * 1024  # bytes of the request line and the header fields
@@ -913,7 +913,7 @@ class Server(ThreadingHTTPServer):
 
     hosts     names that it answers to, besides those of the loopback interface
     tokens    accepted bearer tokens (bytes); empty: no authentication
-    store     a data.ServedImages, or None
+    store     a served_images.ServedImages, or None
     seconds   time limit of a request, including the queue
     max_cost  image-steps that a request may ask for
     """
@@ -1008,7 +1008,7 @@ class Server(ThreadingHTTPServer):
         try:
             self.store.waiting.put_nowait(call)
         except queue.Full:
-            self.report_save([f"more than {data.MAX_SAVES} requests wait to be saved"], [])
+            self.report_save([f"more than {served_images.MAX_SAVES} requests wait to be saved"], [])
 
     def report_save(self, errors: list, deleted: list) -> None:
         for error in errors:
@@ -1146,7 +1146,7 @@ def serve(args: argparse.Namespace) -> int:
     tokens = read_tokens(args.token_file)
     device = sample.choose_device(args.device)
     source = args.model, device, sample.choose_precision(device, args.precision), args.model_hash
-    store = data.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
+    store = served_images.ServedImages(args.save, args.save_limit * 10**6) if args.save else None
     engine = Engine(args.batch_size, max(args.queue, args.max_cost), bool(args.exact), telemetry.Metrics())
     server = Server(
         (args.host, args.port),

@@ -28,7 +28,8 @@ import ddpm
 import monitor
 import sample
 import server
-from builtin import telemetry
+from builtin import served_images, telemetry
+from builtin.served_images import ServedImages
 from data import InputError
 from tests.conftest import status_of
 from tests.test_sample import NAMES, make_model
@@ -198,7 +199,7 @@ def test_a_json_body_asks_as_a_query_does(served):
 
 def test_votes_are_counted_once(folder, tmp_path):
     """For images that were made here, in the log of the day, and by vote and model in the metrics."""
-    store = data.ServedImages(tmp_path, 10**7)
+    store = ServedImages(tmp_path, 10**7)
     with serving(folder, store=store) as running:
         asked = {"steps": 1, "n_images": 2, "seed": 4}
         images = json.loads(post(running, "/generate_sample/", asked, "Accept: application/json")[2])["images"]
@@ -1292,7 +1293,7 @@ def test_of_two_reloads_the_later_stays(folder, tmp_path, monkeypatch):
 
 
 def test_saved_images_say_what_made_them(folder, tmp_path):
-    store = data.ServedImages(tmp_path / "saved", 10**7)
+    store = ServedImages(tmp_path / "saved", 10**7)
     with serving(folder, store=store) as running:
         _, headers, body = get(running, n_images=2, steps=3, seed=8)
         get(running, "/generate_stream/", n_images=1, steps=3, seed=8)
@@ -1316,12 +1317,12 @@ def noise(seed: int, channels=3) -> torch.Tensor:
 
 def test_what_was_saved_is_read_back(tmp_path):
     """Facts and pixels of every image; a damaged picture is None, a deleted one and a broken line are passed over."""
-    store = data.ServedImages(tmp_path, 10**7)
+    store = ServedImages(tmp_path, 10**7)
     colour, grey = noise(0), noise(1, channels=1)
     assert store.save("first", [(colour, {"seed": 5}), (grey, {"seed": 6})]) == ([], [])
     store.save("second", [(grey, {})])
     (day,) = store.days()
-    found = saved_images(data.ServedImages(tmp_path))
+    found = saved_images(ServedImages(tmp_path))
     names = [("first", 5), ("first", 6), ("second", None)]
     assert [(facts["request"], facts.get("seed")) for facts, _ in found] == names
     for (_, pixels), saved in zip(found, (colour, grey, grey), strict=True):
@@ -1335,7 +1336,7 @@ def test_what_was_saved_is_read_back(tmp_path):
 
 def test_links_and_pipes_in_the_folder_are_not_opened(tmp_path):
     """A link to a picture elsewhere, a pipe that nobody writes to, and links in place of a log and of a day."""
-    store = data.ServedImages(tmp_path / "saved", 10**7)
+    store = ServedImages(tmp_path / "saved", 10**7)
     store.save("first", [(noise(k), {}) for k in range(3)])
     (day,) = store.days()
     (log,) = store.logs(day)
@@ -1367,7 +1368,7 @@ def on(monkeypatch, day: str) -> None:
 def test_at_the_limit_an_even_sample_of_the_day_stays(tmp_path, monkeypatch):
     """Of 600 images, those that stay come from all of the day, and are the same for one process or for three."""
     on(monkeypatch, "2020-01-01")
-    stores = [data.ServedImages(tmp_path, 60_000)] + [data.ServedImages(tmp_path, 60_000) for _ in range(2)]
+    stores = [ServedImages(tmp_path, 60_000)] + [ServedImages(tmp_path, 60_000) for _ in range(2)]
     reported = []
     for i in range(600):
         errors, deleted = stores[i % 3].save(f"r{i:03}", [(noise(i), {"seed": i})])
@@ -1383,7 +1384,7 @@ def test_at_the_limit_an_even_sample_of_the_day_stays(tmp_path, monkeypatch):
 
 def test_the_oldest_day_makes_room_image_by_image(tmp_path, monkeypatch):
     """Yesterday does not vanish with the first image after midnight, and is gone when today needs all."""
-    store = data.ServedImages(tmp_path, 30_000)
+    store = ServedImages(tmp_path, 30_000)
     on(monkeypatch, "2020-01-01")
     for i in range(20):
         store.save(f"old{i}", [(noise(i), {})])
@@ -1419,7 +1420,7 @@ def test_files_of_somebody_else_are_never_deleted(tmp_path, monkeypatch):
     (folder / "2019-01-03/linked-0.png").symlink_to(outside / "x-0.png")
     with open(folder / "2019-01-03/1-abcdef01.jsonl", "a") as log:
         log.write('\n{"file": "linked-0.png", "request": "linked"}\n')
-    store = data.ServedImages(folder, 20_000)
+    store = ServedImages(folder, 20_000)
     on(monkeypatch, "2020-01-01")
     for i in range(40):
         assert store.save(f"new{i}", [(noise(i), {})])[0] == []
@@ -1437,7 +1438,7 @@ def test_what_cannot_be_deleted_stops_no_saving(tmp_path, monkeypatch):
     old = tmp_path / "2019-01-01"
     (old / "a-0.png").mkdir(parents=True)
     (old / "1-abcdef01.jsonl").write_text('{"file": "a-0.png", "request": "a"}\n')
-    store = data.ServedImages(tmp_path, 20_000)
+    store = ServedImages(tmp_path, 20_000)
     on(monkeypatch, "2020-01-01")
     for i in range(40):
         assert store.save(f"new{i}", [(noise(i), {})])[0] == []
@@ -1447,8 +1448,8 @@ def test_what_cannot_be_deleted_stops_no_saving(tmp_path, monkeypatch):
 def test_a_slow_disk_holds_up_nobody(folder, tmp_path, monkeypatch):
     """More requests than connections and than may wait to be saved: all are answered; what is lost is counted."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
-    monkeypatch.setattr(data, "MAX_SAVES", 5)
-    store, released = data.ServedImages(tmp_path, 10**7), threading.Event()
+    monkeypatch.setattr(served_images, "MAX_SAVES", 5)
+    store, released = ServedImages(tmp_path, 10**7), threading.Event()
     save = store.save
     monkeypatch.setattr(store, "save", lambda *given: released.wait(20) and save(*given))
     with serving(folder, store=store) as running:
@@ -1460,8 +1461,8 @@ def test_a_slow_disk_holds_up_nobody(folder, tmp_path, monkeypatch):
 
 
 def test_what_other_processes_save_counts(tmp_path):
-    store = data.ServedImages(tmp_path, 10**5)
-    other = data.ServedImages(tmp_path, 10**5)
+    store = ServedImages(tmp_path, 10**5)
+    other = ServedImages(tmp_path, 10**5)
     for i in range(60):
         other.save(f"theirs{i}", [(noise(i), {})])
     for i in range(60):
@@ -1474,14 +1475,14 @@ def test_what_other_processes_save_counts(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to .*file"):
-        data.ServedImages(tmp_path / "file", 10**6)
+        ServedImages(tmp_path / "file", 10**6)
     with pytest.raises(InputError, match="cannot write to /proc"):
-        data.ServedImages(Path("/proc/self"), 10**6)
+        ServedImages(Path("/proc/self"), 10**6)
 
 
 def test_images_are_saved_after_the_response(folder, tmp_path, monkeypatch):
     """The client has the whole picture, and the end of the connection, while its images are still being saved."""
-    store, read = data.ServedImages(tmp_path, 10**7), threading.Event()
+    store, read = ServedImages(tmp_path, 10**7), threading.Event()
     save = store.save
     monkeypatch.setattr(store, "save", lambda *given: read.wait(20) and save(*given))
     with serving(folder, store=store) as running:
@@ -1498,7 +1499,7 @@ def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(tmp_path, monkeypa
         def write(self, content):
             return super().write(content[:7])
 
-    store = data.ServedImages(tmp_path, 10**7)
+    store = ServedImages(tmp_path, 10**7)
     store.save("first", [(noise(0), {})])
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", lambda path, *how, **more: Full(path, "a"))
@@ -1509,7 +1510,7 @@ def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(tmp_path, monkeypa
 
 
 def test_a_disk_that_refuses_fails_no_request(folder, tmp_path):
-    store = data.ServedImages(tmp_path / "saved", 10**7)
+    store = ServedImages(tmp_path / "saved", 10**7)
     (tmp_path / "saved").rmdir()
     (tmp_path / "saved").write_text("a file is where the folder was")
     with serving(folder, store=store) as running:

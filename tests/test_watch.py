@@ -22,6 +22,7 @@ import ddpm
 import monitor
 import sample
 from builtin import features
+from builtin.served_images import ServedImages
 from tests.conftest import status_of
 from tests.test_sample import NAMES, make_model
 from tests.test_server import serving
@@ -222,9 +223,9 @@ def drawn(folder):
     ]
 
 
-def serve(folder, images, age=3600.0) -> data.ServedImages:
+def serve(folder, images, age=3600.0) -> ServedImages:
     """Saves images as the server does, one a second, the last one `age` seconds ago."""
-    store = data.ServedImages(folder, 10**9)
+    store = ServedImages(folder, 10**9)
     begin = time.time() - age - len(images)
     for i, (pixels, facts) in enumerate(images):
         errors, _ = store.save(f"r{i:04}", [(pixels, {**facts, "time": begin + i})])
@@ -469,7 +470,7 @@ def test_hostile_lines_of_the_log_break_nothing(judged, drawn, folder, tmp_path,
     (day / "r0050-0.png").write_bytes(png_without_palette())
     status, document, printed = judged("served", n=100)
     assert status == 0 and document["p"] > 0.01, printed
-    data.ServedImages(tmp_path / "served", 10**8)  # a server that starts
+    ServedImages(tmp_path / "served", 10**8)  # a server that starts
     assert monitor.main(["replay", "served", "--model", str(folder), "-n", "500"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "r0050-0.png is damaged" in " ".join(lines) and not any("Traceback" in line for line in lines)
@@ -527,7 +528,7 @@ def test_a_server_draws_its_images_again(folder, tmp_path, capsys, monkeypatch):
     """What it served with a token, over HTTP; then a server with another model, one that refuses, and none."""
     token, saved = "a-long-token", tmp_path / "saved"
     monkeypatch.setenv("PAPILIO_TOKEN", token)
-    options = {"tokens": (token.encode(),), "store": data.ServedImages(saved, 10**8)}
+    options = {"tokens": (token.encode(),), "store": ServedImages(saved, 10**8)}
     with serving(folder, **options) as running:
         url = f"http://127.0.0.1:{running.port}"
         headers = {"Authorization": f"Bearer {token}"}
@@ -627,7 +628,7 @@ def watch(reference, hook, tmp_path, capsys):
 
 
 def add(tmp_path, images, name, age=3600.0):
-    store = data.ServedImages(tmp_path / "served", 10**9)
+    store = ServedImages(tmp_path / "served", 10**9)
     for i, (pixels, facts) in enumerate(images):
         store.save(f"{name}{i}", [(pixels, {**facts, "time": time.time() - age + i / 1000})])
 
@@ -705,7 +706,7 @@ def test_images_that_are_too_young_wait(watch, drawn, tmp_path):
 
 
 def test_silence_and_damage_are_alarms(watch, drawn, tmp_path):
-    store = data.ServedImages(tmp_path / "served", 10**9)
+    store = ServedImages(tmp_path / "served", 10**9)
     add(tmp_path, drawn[:20], "old", age=2 * 3600)
     status, messages, _ = watch("--stale", "1")
     assert status == 1 and messages == [f"Stale: no image was saved in {tmp_path / 'served'} for 1 h."]
