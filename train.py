@@ -12,8 +12,6 @@ and the number of processes changes only rounding and dropout.
 import argparse
 import atexit
 import copy
-import hashlib
-import io
 import json
 import math
 import os
@@ -21,10 +19,10 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +37,14 @@ import ddpm
 import sample
 import unet
 from builtin.muon import Muon
+from builtin.run_folder import (
+    append_metrics,
+    cut_metrics,
+    load_checkpoint,
+    resume_after_restart,
+    run_folder,
+    save_checkpoint,
+)
 from data import Flag, InputError, real, whole
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -48,6 +54,11 @@ def whole_numbers(text: str) -> list[int]:
     """Parses comma-separated whole numbers, or an empty text: a type for argparse."""
     parts = [part.strip() for part in text.split(",")]
     return [whole(1, 65536)(part) for part in parts if part]
+
+
+def step_numbers(text: str) -> list[int]:
+    """Parses comma-separated steps: a type for argparse."""
+    return [whole(0, 10**9)(part.strip()) for part in text.split(",") if part.strip()]
 
 
 # All settings of a run. A preset replaces some of the defaults. Flags and config.json use the same names.
@@ -94,6 +105,7 @@ SETTINGS = {
         Flag("--warmup", 200, whole(0, 10**9), "steps over which the learning rate rises to --lr"),
         Flag("--decay", "cosine", ("cosine", "constant"), "learning rate after the warm-up"),
         Flag("--weight-decay", 0.01, real(0), "decoupled weight decay, multiplied by the learning rate"),
+        Flag("--skip-batches", [], step_numbers, "steps whose batches are skipped, such as those of a divergence"),
         Flag("--clip", 1.0, real(1e-6), "gradients are clipped to this norm"),
         Flag("--ema", 500_000, whole(0), "half-life of the weight EMA in images, at most 1/10 of the images seen; "
              "0: no EMA"),
@@ -129,7 +141,8 @@ PRESETS = {
                 "lr": 1e-4, "warmup": 500, "epochs": 30, "ema": 0},
 }  # fmt: skip
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
-RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep"}  # may change when a run is resumed
+# May change when a run is resumed. Only rounding depends on the number of micro-batches.
+RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep", "accumulate", "skip_batches"}
 # Settings taken from the model of --init; their flags are refused together with --init.
 FROM_MODEL = {flag.dest for flag in SETTINGS["network"] if flag.dest not in ("dropout", "init")}
 FROM_MODEL |= {"image_channels", "classes", "prediction", "noise_schedule", "zero_snr", "timesteps"}
@@ -299,75 +312,10 @@ def ema_weight(settings: dict, step: int) -> float:
     return 1 - 0.5 ** (settings["batch_size"] / half_life) if half_life else 1.0
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, step: int, content: dict, keep: int) -> None:
-    """Writes a checkpoint atomically, with its SHA-256 appended, and then deletes older checkpoints."""
-    torch.save(content, buffer := io.BytesIO())  # in memory first: torch's writer hides errors of the disk
-    parts = buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).digest()
-    data.atomic_write(folder / f"checkpoint-{step:08d}.pt", lambda file: file.writelines(parts))
-    # By time: by step, a damaged checkpoint could outlive newer ones.
-    files = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: file.stat().st_mtime_ns)
-    for old in files[:-keep]:
-        with data.disk_errors(f"delete {old}"):
-            old.unlink()
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """Reads the newest intact checkpoint, and reports damaged ones. Raises InputError if there is none."""
-    for file in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
-        problem = "is damaged"
-        try:
-            content = file.read_bytes()
-            if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-                return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-        print(f"{file} {problem}; trying the previous one", file=sys.stderr)
-    raise InputError(f"{folder} has no intact checkpoint, so it cannot be resumed; start a new run")
-
-
 def identity(record: dict) -> str:
     """Returns, as text, the part of config.json that must stay the same on resuming; checkpoints store it."""
     settings = {name: value for name, value in (DEFAULTS | record["settings"]).items() if name not in RESUMABLE}
     return json.dumps([settings, record.get("network"), record.get("schedule")], sort_keys=True)
-
-
-def append_metrics(folder: Path, record: dict) -> None:
-    path = folder / "metrics.jsonl"
-    with data.disk_errors(f"write {path}"), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def cut_metrics(folder: Path, step: int) -> None:
-    """Drops lines logged after the checkpoint, which will be logged again, and a line cut off by a crash."""
-    path = folder / "metrics.jsonl"
-    kept = []
-    with data.disk_errors(f"read {path}"):
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    data.atomic_write(path, lambda file: file.write(b"".join(kept)))
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raises InputError if the folder of a new run exists and is not empty: nothing is overwritten."""
-    with data.disk_errors(f"use the folder --out {folder}"):
-        occupied = folder.exists() and any(folder.iterdir())
-    if occupied:
-        raise InputError(f"--out {folder} is not empty; use --resume to continue a run, or name a new folder")
-
-
-def new_folder(out: Path | None) -> Path:
-    """Creates the folder of a new run: `out`, or one named after the current time."""
-    folder = out or sample.RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    refuse_occupied(folder)
-    with data.disk_errors(f"make the folder --out {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # ---- batches, held-out loss, pictures --------------------------------------------------------------------------------
@@ -552,13 +500,15 @@ class State:
             "overflows": int(overflows),
         }
 
-    def raise_if_diverged(self, batches: Batches) -> None:
+    def raise_if_diverged(self, batches: Batches, settings: dict) -> None:
         """Waits for the device. Raises Diverged, before anything is written, if a step was not finite."""
         bad = int(self.first_bad)
         if bad >= 0:
+            skipped = ",".join(map(str, [*settings["skip_batches"], bad]))
             raise Diverged(
                 f"the loss or a gradient was not finite at step {bad}, on images {batches.indices(bad).tolist()} "
-                "of the dataset; saved files are kept; a new run with a lower --lr or --precision fp32 may help"
+                f"of the dataset; saved files are kept; resume with --skip-batches {skipped} to skip this batch, or "
+                "start a new run with a lower --lr or --precision fp32"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise Diverged(f"fp16 gradients overflow at loss scale 1 (step {self.step}); try --precision fp32")
@@ -645,6 +595,15 @@ class Processes:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.cpu_group)
         return int(flag)
 
+    def require_same(self, step: int) -> None:
+        """Raises InputError if another process begins at another step."""
+        first = self.broadcast(step)
+        if step != first:
+            raise InputError(
+                f"process {self.rank} sees the checkpoint of step {step} and process 0 that of step {first}; put the "
+                "run folder on a file system that all machines share"
+            )
+
     def broadcast(self, value):
         """Returns the first process's value in all of them."""
         values = [value]
@@ -653,13 +612,53 @@ class Processes:
         return values[0]
 
 
+@contextmanager
+def errors_of_one_process() -> Iterator[None]:
+    """Lets the first of several processes report an error that all have; torchrun then ends the others."""
+    try:
+        yield
+    except InputError:
+        if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        raise
+
+
+class Output:
+    """Passes text on to a stream. When that fails, the rest is dropped: a full disk or closed pipe ends no training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._call(partial(self.stream.write, text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._call(self.stream.flush)
+
+    def _call(self, work: Callable) -> None:
+        try:
+            work()
+        except OSError:  # what is left in the buffer goes to the null device
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 class Stop:
-    """Ctrl-C and SIGTERM end the loop after the current step, with everything saved; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end the loop after the current step, with everything saved; a second one ends it at once.
+
+    A closed terminal (SIGHUP) does not end it.
+    """
 
     def __init__(self):
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _ask(self, number, frame):
         if self.signal:
@@ -801,16 +800,31 @@ class Run:
     batches: Batches
     held_out: HeldOut
     autocast: Callable
+    folder_status: os.stat_result | None
 
     def save_model(self, name: str) -> None:
         sample.save_model(self.folder / name, self.state.ema, self.schedule)
+
+    def skip_batch(self) -> None:
+        """Goes to the next step with the same weights, and logs it."""
+        self.state.step += 1
+        if self.processes.lead:
+            append_metrics(self.folder, {"step": self.state.step, "skipped_batch": self.state.step - 1})
+            print(f"skipped the batch of step {self.state.step - 1}")
+
+    def require_folder(self) -> None:
+        """Raises InputError if the run folder was deleted or replaced since the run began."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self.folder_status, self.folder.stat()):
+                return
+        raise InputError(f"{self.folder} was deleted or replaced during the run, so that no more can be saved in it")
 
     def save_checkpoint(self) -> None:
         content = self.state.state_dict() | {"identity": identity(self.record)}
         save_checkpoint(self.folder, self.state.step, content, self.record["settings"]["keep"])
 
 
-def begin_run(args: argparse.Namespace, given: dict) -> Run:
+def begin_run(args: argparse.Namespace, given: dict, folder: Path | None) -> Run:
     """Begins a run in any of the four ways: new, --config, --init, --resume."""
     if {"steps", "epochs"} <= given.keys():
         raise InputError("--steps and --epochs both set the length of the run; give one of them")
@@ -818,8 +832,6 @@ def begin_run(args: argparse.Namespace, given: dict) -> Run:
     if args.resume:
         record, checkpoint = begin_resumed(args, given)
     else:
-        if args.out:
-            refuse_occupied(args.out)
         record, weights = begin_new(args, given)
     settings = record["settings"]
     processes = Processes(sample.choose_device(given.get("device") or settings["device"]))
@@ -842,6 +854,7 @@ def begin_run(args: argparse.Namespace, given: dict) -> Run:
     state = State(network, settings, device)
     if checkpoint:
         state.load_state_dict(checkpoint)
+    processes.require_same(state.step)
     if state.step >= settings["steps"]:
         raise InputError(f"this run has finished its {state.step} steps; give a larger number with --steps")
     with data.bad_input("--density-mean and --density-std"):
@@ -849,7 +862,7 @@ def begin_run(args: argparse.Namespace, given: dict) -> Run:
     table = ddpm.training_table(schedule, settings["loss"], settings["gamma"]).to(device, torch.float32)
     null, dtype = network.config.null_label, sample.PRECISIONS[settings["precision"]]
     run = Run(
-        args.resume,
+        folder,
         record,
         schedule,
         processes,
@@ -858,16 +871,31 @@ def begin_run(args: argparse.Namespace, given: dict) -> Run:
         batches=Batches(dataset, rows, settings, null, cdf, device, processes.rank, processes.world),
         held_out=HeldOut(dataset, held_rows, settings, cdf, device),
         autocast=partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32),
+        folder_status=folder and folder.stat(),
     )
-    cost = measure_cost(network, run.batches(0), table, settings, run.autocast)
     if processes.lead:
-        open_folder(run, args.out, dataset, len(held_rows))
-        print_summary(run, *cost)
+        open_folder(run, dataset, len(held_rows))
     return run
 
 
-def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int) -> None:
-    """Writes config.json and data.png; a new run gets a folder and a checkpoint of its initial weights."""
+def out_of_memory(run: Run) -> InputError:
+    """Returns the error to raise after the GPU ran out of memory; it names the micro-batches that fit."""
+    settings, batch = run.record["settings"], run.batches(run.state.step)
+    parts = settings["accumulate"]
+    shape = f"{len(batch.x0) // parts} images at a time do not fit in the memory of the GPU"
+    while len(batch.x0) % (parts := 2 * parts) == 0:
+        part = batch.part(0, len(batch.x0) // parts)
+        with suppress(torch.OutOfMemoryError):
+            backward(run.state.network, run.table, part, 1, run.autocast, lambda loss: loss)
+            return InputError(
+                f"{shape}, but {len(part.x0)} do; continue with: python train.py --resume {run.folder} "
+                f"--accumulate {parts} (the batch size stays the same)"
+            )
+    return InputError(f"{shape}, nor does a single one; choose a smaller --size or fewer --channels")
+
+
+def open_folder(run: Run, dataset: data.Dataset, held_out: int) -> None:
+    """Writes config.json and data.png; a new run gets a checkpoint of its initial weights."""
     run.record |= {
         "schema": 1,
         "data": {
@@ -883,16 +911,13 @@ def open_folder(run: Run, out: Path | None, dataset: data.Dataset, held_out: int
         "processes": run.processes.world,
         "threads": torch.get_num_threads(),
     }
-    new = run.folder is None
-    if new:
-        run.folder = new_folder(out)
     if defaulted := run.record.pop("defaulted", None):
         print(f"config.json is from an older version; these settings take their defaults: {', '.join(defaulted)}")
     data.write_json(run.folder / "config.json", run.record)
     cut_metrics(run.folder, run.state.step)
     picture = data.grid(data.to_uint8(run.batches(0).x0[:64]), scale=max(1, 128 // dataset.images.shape[-1]))
     data.write_png(run.folder / "samples/data.png", picture)
-    if new:
+    if not any(run.folder.glob("checkpoint-*.pt")):
         run.save_checkpoint()  # a run that dies early resumes from the same weights
 
 
@@ -920,9 +945,12 @@ def print_summary(run: Run, gflop: float, seconds: float) -> None:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, given: dict) -> int:
-    run = begin_run(args, given)
+def train(run: Run) -> int:
+    """Trains until the run is finished or stopped by a signal. Returns the exit status."""
     settings, state, processes, folder = run.record["settings"], run.state, run.processes, run.folder
+    cost = measure_cost(state.network, run.batches(0), run.table, settings, run.autocast)
+    if processes.lead:
+        print_summary(run, *cost)
     forward = state.network
     if processes.world > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward)
@@ -932,8 +960,11 @@ def train(args: argparse.Namespace, given: dict) -> int:
     while state.step < steps:
         # Dropout is the only user of the global generator. Seeding it at each step leaves no state to save.
         torch.manual_seed(data.generator(settings["seed"], "dropout", state.step, processes.rank).initial_seed())
-        loss = backward(forward, run.table, run.batches(state.step), parts, run.autocast, state.scaler.scale)
-        state.update(processes.mean(loss), settings)
+        if state.step in settings["skip_batches"]:
+            run.skip_batch()
+        else:
+            loss = backward(forward, run.table, run.batches(state.step), parts, run.autocast, state.scaler.scale)
+            state.update(processes.mean(loss), settings)
         bar.update()
 
         last = state.step == steps
@@ -943,7 +974,9 @@ def train(args: argparse.Namespace, given: dict) -> int:
         stopped_by = processes.agree(stop.signal)
         if not due and not stopped_by:
             continue
-        state.raise_if_diverged(run.batches)  # waits for the device, so not in each step
+        if processes.lead:
+            run.require_folder()
+        state.raise_if_diverged(run.batches, settings)  # waits for the device, so not in each step
         if processes.lead and "log" in due:
             images, now = (state.step - logged) * settings["batch_size"], time.perf_counter()
             line = state.metrics(settings) | {"images_per_second": images / (now - logged_at), "time": time.time()}
@@ -980,7 +1013,17 @@ def train(args: argparse.Namespace, given: dict) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args, given = parse_arguments(argv)
     sample.set_threads()
-    return data.exit_status(lambda: train(args, given))
+
+    def work() -> int:
+        resume_after_restart(args, given)
+        with run_folder(args) as folder, errors_of_one_process():
+            run = begin_run(args, given, folder)
+            with suppress(torch.OutOfMemoryError):
+                return train(run)
+            raise out_of_memory(run)
+
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        return data.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--sav
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", action="store_true", help="ask the server 20,000 times, for some minutes")
+    parser.addoption("--soak", action="store_true", help="the long proofs, for some minutes each")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,7 +53,8 @@ def own_cache(shared_folder):
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Training takes over Ctrl-C; pytest gets it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in signals}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -69,7 +69,7 @@ def command(*flags, processes: int = 1) -> list[str]:
 
 
 IN_TWO = """
-import json, multiprocessing, os, sys
+import json, multiprocessing, os, sys, time
 import data, sample, train
 from builtin import butterflies
 
@@ -87,7 +87,10 @@ if __name__ == "__main__":
     for port, flags in json.loads(sys.argv[2]):
         both = [kind.Process(target=work, args=(rank, port, flags)) for rank in range(2)]
         [process.start() for process in both]
-        [process.join() for process in both]
+        while any(process.is_alive() for process in both):  # as torchrun does
+            if any(process.exitcode for process in both):
+                [process.terminate() for process in both]
+            time.sleep(0.02)
         if any(process.exitcode for process in both):
             sys.exit(max(process.exitcode for process in both))
 """
@@ -768,7 +771,7 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, monkeypatch, capsys
         (["--device", "tpu"], "--device tpu"),
         (["--init", "nowhere"], "is set by the model of --init"),
         (["--config", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--resume", "nowhere"], "cannot change when a run is resumed"),
+        (["--resume", "nowhere"], "--resume nowhere is no run folder"),
         (["--revision", "main"], "--revision main: only Hugging Face datasets"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],
