@@ -21,6 +21,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,15 @@ def _pixels(image: Image.Image) -> ndarray:
     """Returns the pixels of a grey or RGB image as (C, H, W)."""
     pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+
+
+def png_facts(path: Path) -> dict:
+    """Returns the text chunks of a PNG file with its size as "width" and "height", or {} if it cannot be read."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return {**image.info, "width": image.width, "height": image.height}
+    except Exception:  # decoders raise nearly anything for a damaged file
+        return {}
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:
@@ -1095,6 +1105,9 @@ def exit_status(work: Callable) -> int:
     try:
         return work() or 0
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":  # the first process reports errors of all; torchrun ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:

@@ -53,6 +53,11 @@ def choose_device(name: str | None = None) -> torch.device:
     raise InputError(f"--device {name}: this machine or this PyTorch has no such device; choose another with --device")
 
 
+def process() -> tuple[int, int]:
+    """Returns the number of this process, and how many torchrun has started; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def has_bf16(device: torch.device) -> bool:
     """Returns whether the hardware supports bfloat16, without emulation."""
     if device.type == "cuda":
@@ -609,7 +614,8 @@ SAMPLE_FLAGS = {
         Flag("--out", None, Path, "file to write, or folder with --each (default: samples.png, samples/)"),
         Flag("--film", None, Path, "also write the denoising, or the interpolation, as an animated .png or .gif"),
         Flag("--scale", 1, whole(1, 64), "enlarge each pixel to N x N"),
-        Flag("--each", None, bool, "one file per image, named by seed, or with --walk by position"),
+        Flag("--each", None, bool, "one file per image, named by seed, or with --walk by position; images that "
+             "are there with the same settings are not drawn again"),
     ],
     "machine": [
         *DEVICE_FLAGS,
@@ -645,6 +651,10 @@ def check_flags(args: argparse.Namespace, out: Path) -> None:
         (
             wrong_film,
             f"--film {args.film}: films are animated PNG or GIF files; choose a name that ends in .png or .gif",
+        ),
+        (
+            process()[1] > 1 and (not args.each or args.film),
+            "several processes draw only single files; add --each and omit --film",
         ),
         (args.each and out.exists() and not out.is_dir(), f"--out {out} is a file, but --each needs a folder"),
         (not args.each and out.is_dir(), f"--out {out} is a folder; name a file, or add --each"),
@@ -706,7 +716,8 @@ class Output:
     def __init__(self, args: argparse.Namespace, out: Path, config: unet.UNetConfig, images: list, facts: dict):
         self.args, self.out, self.config, self.images, self.facts = args, out, config, images, facts
         self.rows = len(images) // args.n
-        self.drawn: list[Tensor] = []  # of each batch, uint8 (n, C, H, W)
+        self.count = 0  # images drawn
+        self.drawn: list[Tensor] = []  # of each batch, uint8 (n, C, H, W), unless only single files are written
         self.frames: dict = {}  # the same after some of the steps, for a film of the denoising
         for path in (out, args.film):  # fail before drawing, not after it
             if path:
@@ -719,11 +730,27 @@ class Output:
             x = torch.cat([drawing.state[:, ddpm.X] for drawing in batch])
             self.frames.setdefault(i, []).append(data.to_uint8(x).cpu())
 
-    def add(self, start: int, drawn: Tensor) -> None:
-        """Takes images start, start + 1, ...; with --each, writes their files."""
-        self.drawn.append(drawn)
+    def missing(self) -> list[int]:
+        """Lists the images to draw: all, or with --each those of this process that have no file with the same facts."""
+        rank, world = process()
+        mine = range(rank, len(self.images), world)
+        if not self.args.each or self.args.film or self.args.picture:  # the file of a picture may have changed
+            return list(mine)
+        height, width = (side * self.args.scale for side in self.config.image_size)
+        return [i for i in mine if not self.is_written(i, {"width": width, "height": height})]
+
+    def is_written(self, i: int, size: dict) -> bool:
+        name, own_facts = self.name_and_facts(i)
+        wanted = {key: str(value) for key, value in (self.facts | own_facts).items()}
+        return wanted | size == data.png_facts(self.out / f"{name}.png")
+
+    def add(self, numbers: Sequence[int], drawn: Tensor) -> None:
+        """Takes the images with these numbers; with --each, writes their files."""
+        self.count += len(drawn)
+        if not self.args.each or self.args.film:
+            self.drawn.append(drawn)
         if self.args.each:
-            for i, image in enumerate(drawn, start):
+            for i, image in zip(numbers, drawn, strict=True):
                 name, own_facts = self.name_and_facts(i)
                 picture = data.grid(image[None], padding=0, scale=self.args.scale)
                 data.write_png(self.out / f"{name}.png", picture, self.facts | own_facts)
@@ -747,12 +774,16 @@ class Output:
         return name, own_facts
 
     def finish(self) -> None:
-        images = torch.cat(self.drawn)
         picture = partial(data.grid, columns=self.args.n if self.rows > 1 else None, scale=self.args.scale)
         if self.args.each:
-            plural = "s" * (len(images) > 1)
-            print(f"wrote {len(images)} image{plural} to {self.out}/")
-        else:
+            rank, world = process()
+            others = len(range(rank, len(self.images), world)) - self.count
+            plural = "s" * (self.count != 1)
+            before = f"; {others} had been drawn before" * (others > 0)
+            print(f"wrote {self.count} image{plural} to {self.out}/{before}")
+        if self.drawn:
+            images = torch.cat(self.drawn)
+        if not self.args.each:
             data.write_png(self.out, picture(images), self.facts | grid_facts(self.config, self.images))
             print(f"wrote {self.out}")
         if self.args.film:
@@ -771,6 +802,8 @@ def run(args: argparse.Namespace) -> None:
     check_flags(args, out)
     path, which = find_model(args.model)
     device = choose_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
     model = load(path, device, choose_precision(device, args.precision), packed=not args.compile)
     config = model.network.config
     request = DrawRequest(**{flag.dest: getattr(args, flag.dest) for flag in DRAW_FLAGS})
@@ -790,6 +823,8 @@ def run(args: argparse.Namespace) -> None:
         facts |= {"from": args.picture, "strength": strength}
     if args.mask:
         facts["mask"] = args.mask
+    if args.exact:
+        facts["exact"] = True
     output = Output(args, out, config, images, facts)
     size = EXACT_BATCH if args.exact else args.batch_size or 8
     if args.compile:
@@ -798,17 +833,19 @@ def run(args: argparse.Namespace) -> None:
     if strength < 1:
         options["picture"] = picture
 
-    with tqdm(total=len(images) * steps, unit="step", disable=None) as bar:
+    numbers = output.missing()
+    with tqdm(total=len(numbers) * steps, unit="step", disable=None) as bar:
 
         def progress(i: int, batch: Sequence[Drawing]) -> None:
             bar.update(len(batch))
             output.keep_frame(i, steps, batch)
 
-        for start in range(0, len(images), size):
-            labels, seeds = zip(*images[start : start + size], strict=True)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            labels, seeds = zip(*(images[i] for i in batch), strict=True)
             if labels[0] is None:
                 labels = ()
-            output.add(start, draw(model, seeds, table, labels, **options, progress=progress))
+            output.add(batch, draw(model, seeds, table, labels, **options, progress=progress))
     output.finish()
 
 

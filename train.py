@@ -19,8 +19,8 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -612,18 +612,6 @@ class Processes:
         return values[0]
 
 
-@contextmanager
-def errors_of_one_process() -> Iterator[None]:
-    """Lets the first of several processes report an error that all have; torchrun then ends the others."""
-    try:
-        yield
-    except InputError:
-        if os.environ.get("RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        raise
-
-
 class Output:
     """Passes text on to a stream. When that fails, the rest is dropped: a full disk or closed pipe ends no training."""
 
@@ -1016,7 +1004,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         resume_after_restart(args, given)
-        with run_folder(args) as folder, errors_of_one_process():
+        with run_folder(args) as folder:
             run = begin_run(args, given, folder)
             with suppress(torch.OutOfMemoryError):
                 return train(run)

@@ -345,6 +345,51 @@ def test_each_file_is_named_by_its_seed(tmp_path, folder):
         assert png_text(tmp_path / f"birds/{seed}.png")["seed"] == str(seed)
 
 
+def test_only_missing_images_are_drawn(tmp_path, folder, monkeypatch, capsys):
+    """A file with other facts, another size or damage is drawn again; one that is complete is left alone."""
+    birds = tmp_path / "birds"
+    flags = ["--model", str(folder), "--steps", "2", "-n", "6", "--seed", "3", "--each", "--out", str(birds)]
+    assert sample.main([*flags, "--batch-size", "1"]) == 0
+    whole = {file.name: file.read_bytes() for file in birds.iterdir()}
+    (birds / "4.png").unlink()
+    (birds / "5.png").write_bytes(whole["5.png"][:50])
+    (birds / "6.png").write_bytes(whole["3.png"])  # of another seed
+    before = {file.name: file.stat().st_mtime_ns for file in birds.iterdir()}
+    capsys.readouterr()
+    assert sample.main([*flags, "--batch-size", "1"]) == 0
+    assert f"wrote 3 images to {birds}/; 3 had been drawn before" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in birds.iterdir()} == whole
+    kept = [name for name, time in before.items() if (birds / name).stat().st_mtime_ns == time]
+    assert sorted(kept) == ["3.png", "7.png", "8.png"]
+    for change in (["--steps", "3"], ["--eta", "0.5", "--sampler", "ddim"], ["--scale", "2"], ["--exact"]):
+        assert sample.main([*flags, *change]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"wrote 6 images to {birds}/"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_images_of_one(tmp_path, folder, monkeypatch, world):
+    """Each draws its share, and together they draw what one process does, to the byte with --exact."""
+    flags = ["--model", str(folder), "--steps", "2", "-n", "7", "--each", "--exact", "--out"]
+    assert sample.main([*flags, str(tmp_path / "one")]) == 0
+    one = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+    drawn = []
+    for rank in reversed(range(world)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert sample.main([*flags, str(tmp_path / "many")]) == 0
+        drawn.append(len(list((tmp_path / "many").iterdir())))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "many").iterdir()} == one
+    shares = {1: [7], 2: [3, 7], 4: [1, 3, 5, 7]}  # files after each process, the last one first
+    assert drawn == shares[world]
+
+
+def test_processes_need_single_files(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in ([], ["--each", "--film", str(tmp_path / "film.gif")]):
+        assert sample.main(["--model", str(folder), *flags, "--out", str(tmp_path / "x.png")]) == 2
+        assert "several processes draw only single files; add --each and omit --film" in capsys.readouterr().err
+
+
 def test_newest_run_is_the_default(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "DEFAULT_MODEL", tmp_path / "box")
