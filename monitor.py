@@ -49,11 +49,10 @@ from builtin.features import (
     load_features,
     statistics_of,
 )
+from builtin.report import SCHEMA, write_report
 from builtin.served_images import ServedImages
 from builtin.telemetry import exposition, labelled
 from data import Flag, InputError, real, whole
-
-SCHEMA = 1  # version of the JSON of --json
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -486,21 +485,6 @@ def read_served(
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
-
-REPORT = Path(__file__).parent / "web/report.html"
-
-
-def write_report(page: Path, document: dict, json_file: Path | None = None) -> None:
-    """Writes a document as one HTML page and, if asked, as JSON. docs/monitoring.md describes its fields."""
-    version = f"{data.VERSION}, commit {data.git_commit() or 'unknown'}, torch {torch.__version__}"
-    made = {"time": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()), "Papilio": version}
-    document = document | {"schema": SCHEMA, "facts": document["facts"] | made}
-    if json_file:
-        data.write_json(json_file, document)
-    text = json.dumps(document, allow_nan=False).replace("<", "\\u003c")  # no text can end the script element
-    html = REPORT.read_text(encoding="utf-8").replace("{{document}}", text)
-    data.atomic_write(page, lambda file: file.write(html.encode()))
-    print(f"wrote {page}")
 
 
 def pictures(title: str, images: Measured) -> dict:

@@ -45,6 +45,7 @@ from builtin.run_folder import (
     run_folder,
     save_checkpoint,
 )
+from builtin.run_report import model_card, report_run
 from data import Flag, InputError, real, whole
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -397,9 +398,11 @@ class HeldOut:
         self.batch_size = settings["batch_size"]
 
     @torch.no_grad()
-    def loss(self, network: Callable, table: Tensor, autocast: Callable) -> float:
+    def losses(self, network: Callable, table: Tensor, autocast: Callable) -> Tensor:
+        """Returns the loss of each image, in the order of their timesteps: float32 (N,)."""
         parts = (self.batch.part(start, self.batch_size) for start in range(0, len(self.batch.x0), self.batch_size))
-        return torch.cat([prediction_losses(network, table, part, autocast) for part in parts]).mean().item()
+        losses = torch.cat([prediction_losses(network, table, part, autocast) for part in parts])
+        return losses[self.batch.t.argsort()]
 
 
 def preview(model: sample.Model, autocast: Callable):
@@ -531,32 +534,6 @@ def backward(
             scale(loss).backward()
         total += loss.detach()
     return total
-
-
-def measure_cost(
-    network: unet.UNet, batch: Batch, table: Tensor, settings: dict, autocast: Callable
-) -> tuple[float, float]:
-    """Measures GFLOP and training seconds per image on a part of a batch, without changing weights.
-
-    With torch.compile this compiles the network; if that fails, it says so, and training goes on in eager mode.
-    """
-    gflop = unet.flops(network.config, network.config.image_size) / 1e9
-    count = len(batch.x0) // settings["accumulate"]
-    if not settings["compile"]:
-        count = max(1, min(count, round(100 / gflop)))
-
-    def work() -> None:
-        backward(network, table, batch.part(0, count), 1, autocast, lambda loss: loss).item()
-        network.zero_grad()
-
-    if settings["compile"]:
-        sample.compile_or_continue(network, work)
-    seconds = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        seconds = min(seconds, (time.perf_counter() - start) / count)
-    return gflop, seconds
 
 
 # ---- processes and signals -------------------------------------------------------------------------------------------
@@ -772,7 +749,10 @@ def make_network(record: dict, classes: tuple) -> tuple:
         )
     record |= {"network": config.to_dict(), "schedule": schedule.to_dict()}
     torch.manual_seed(data.generator(settings["seed"], "weights").initial_seed())
-    return unet.UNet(config), schedule
+    network = unet.UNet(config)
+    record["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    record["gflop_per_image"] = unet.flops(config, config.image_size) / 1e9  # of the forward pass
+    return network, schedule
 
 
 @dataclass
@@ -790,8 +770,29 @@ class Run:
     autocast: Callable
     folder_status: os.stat_result | None
 
+    def evaluate(self) -> None:
+        """Logs the held-out loss, and saves the model as `best` if it is the lowest so far."""
+        step, losses = self.state.step, self.held_out.losses(self.state.ema, self.table, self.autocast)
+        held_out_loss = losses.mean().item()
+        if not math.isfinite(held_out_loss):
+            raise Diverged(f"the held-out loss was not finite at step {step}; try a lower --lr")
+        quarters = [part.mean().item() for part in losses.tensor_split(4) if len(part)]
+        append_metrics(self.folder, {"step": step, "held_out_loss": held_out_loss, "held_out_by_noise": quarters})
+        if held_out_loss < self.state.best:
+            self.state.best = held_out_loss
+            self.save_model("best")
+
+    def draw_preview(self) -> Path:
+        """Writes a grid of samples. Returns its path."""
+        path = self.folder / f"samples/{self.state.step:08d}.png"
+        model = sample.Model(self.state.ema, self.schedule, self.folder, "", self.processes.device)
+        data.write_png(path, preview(model, self.autocast), {"step": str(self.state.step)})
+        return path
+
     def save_model(self, name: str) -> None:
         sample.save_model(self.folder / name, self.state.ema, self.schedule)
+        card = model_card(self.folder).encode()
+        data.atomic_write(self.folder / name / "README.md", lambda file: file.write(card))
 
     def skip_batch(self) -> None:
         """Goes to the next step with the same weights, and logs it."""
@@ -909,15 +910,15 @@ def open_folder(run: Run, dataset: data.Dataset, held_out: int) -> None:
         run.save_checkpoint()  # a run that dies early resumes from the same weights
 
 
-def print_summary(run: Run, gflop: float, seconds: float) -> None:
+def print_summary(run: Run, seconds: float) -> None:
     """Prints what is trained on which data, and an estimate of the time."""
     settings, kept, step = run.record["settings"], run.record["data"], run.state.step
     print(f"{kept['images']} images to train on, {kept['held_out']} held out ({kept['source']})")
     for line in [*kept["skipped"][:5], "others, see config.json"][: len(kept["skipped"])]:
         print(f"skipped {line}")
-    parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
     title = run.record.get("title", "resumed")
-    print(f"{title}: {settings['size']} px, {parameters:,} parameters, {gflop:.2f} GFLOP an image")
+    cost = f"{run.record['parameters']:,} parameters, {run.record['gflop_per_image']:.2f} GFLOP an image"
+    print(f"{title}: {settings['size']} px, {cost}")
     steps, batch_size = settings["steps"] - step, settings["batch_size"]
     estimate = timedelta(seconds=round(steps * batch_size * seconds / run.processes.world))
     print(
@@ -930,15 +931,39 @@ def print_summary(run: Run, gflop: float, seconds: float) -> None:
     print(f"{run.folder}: {f'continuing from step {step}' if step else 'a new run'}", flush=True)
 
 
+def measure_cost(run: Run) -> float:
+    """Measures the training seconds per image on a part of a batch, without changing weights.
+
+    With torch.compile this compiles the network; if that fails, it says so, and training goes on in eager mode.
+    """
+    network, batch, settings = run.state.network, run.batches(0), run.record["settings"]
+    count = len(batch.x0) // settings["accumulate"]
+    if not settings["compile"]:
+        count = max(1, min(count, round(100 / run.record["gflop_per_image"])))
+
+    def work() -> None:
+        backward(network, run.table, batch.part(0, count), 1, run.autocast, lambda loss: loss).item()
+        network.zero_grad()
+
+    if settings["compile"]:
+        sample.compile_or_continue(network, work)
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds = min(seconds, (time.perf_counter() - start) / count)
+    return seconds
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train(run: Run) -> int:
     """Trains until the run is finished or stopped by a signal. Returns the exit status."""
     settings, state, processes, folder = run.record["settings"], run.state, run.processes, run.folder
-    cost = measure_cost(state.network, run.batches(0), run.table, settings, run.autocast)
+    seconds = measure_cost(run)
     if processes.lead:
-        print_summary(run, *cost)
+        print_summary(run, seconds)
     forward = state.network
     if processes.world > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward)
@@ -972,21 +997,15 @@ def train(run: Run) -> int:
             append_metrics(folder, line)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
         if processes.lead and "eval" in due:
-            held_out_loss = run.held_out.loss(state.ema, run.table, run.autocast)
-            if not math.isfinite(held_out_loss):
-                raise Diverged(f"the held-out loss was not finite at step {state.step}; try a lower --lr")
-            append_metrics(folder, {"step": state.step, "held_out_loss": held_out_loss})
-            if held_out_loss < state.best:
-                state.best = held_out_loss
-                run.save_model("best")
+            run.evaluate()
         if processes.lead and "preview" in due:
-            path = folder / f"samples/{state.step:08d}.png"
-            picture = preview(sample.Model(state.ema, run.schedule, folder, "", processes.device), run.autocast)
-            data.write_png(path, picture, {"step": str(state.step)})
-            bar.write(f"step {state.step}: look at {path}")
+            bar.write(f"step {state.step}: look at {run.draw_preview()}")
         if processes.lead and ("save" in due or stopped_by):
             run.save_model("model")
             run.save_checkpoint()  # last: all other files of this step are then on disk
+        if processes.lead and ("preview" in due or stopped_by):
+            status = "finished" if last else "stopped" if stopped_by else "running"
+            report_run(folder, status)
         if stopped_by:
             break
     bar.close()
