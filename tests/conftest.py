@@ -21,7 +21,11 @@ OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--sav
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", action="store_true", help="ask the server 20,000 times, for some minutes")
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="ask the server 20,000 times, and train a network until it has memorised its data",
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
