@@ -111,7 +111,7 @@ def test_fresh_images_are_not_copies(sets):
         assert not found.found and found.share <= 0.02
 
 
-@pytest.mark.parametrize("size,channels", [(16, 3), (24, 1), (32, 1), (48, 3), (64, 3), (128, 3), (96, 1)])
+@pytest.mark.parametrize("size,channels", [(16, 3), (32, 1), (48, 3), (64, 3), (128, 3)])
 def test_copies_at_other_sizes_and_in_grey(size, channels):
     training = synthetic(120, 5, size, channels)
     rows = torch.arange(0, 120, 5)
