@@ -1,6 +1,7 @@
 """Measures the quality of images and models, and checks served images for drift.
 
     python monitor.py quality runs/x                     samples of a run, against images that it has not seen
+    python monitor.py memorised runs/x                   looks for copies of training images among samples of a run
     python monitor.py reference                          draws images of the released model, to compare served ones with
     python monitor.py watch served                       tests the folder of `server.py --save served` every hour
 
@@ -33,12 +34,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
 import ddpm
 import sample
+from builtin.copies import Memorisation, memorised
 from builtin.features import (
     FEATURES_HASH,
     STATISTICS,
@@ -54,41 +55,6 @@ from builtin.served_images import ServedImages
 from builtin.telemetry import exposition, labelled
 from data import Flag, InputError, real, whole
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-# Of 500 synthetic butterflies and of 100 photographs that had been held out, none is a near-copy by this measure; of
-# training images with noise of 8 levels, 94% and 100% are.
-NEIGHBOURS = 50
-NEAR = 1 / 3
-SAME = 2.0  # levels: a copy even if the training set has the image many times
-
-
-def near_copies(images: Tensor, training: Tensor) -> Tensor:
-    """Returns which images (N, C, H, W) are near-copies of training images (M, C, H, W), uint8 both: bool (N,).
-
-    A near-copy's nearest training image, mirrored or not, is less than a third as far away as the median of its 50
-    nearest ones, so that plain images, which are close to many, are not counted (Carlini et al. 2023, section 5.1).
-    Distances are RMS over pixels, at 32 x 32 for larger images. Copies that were moved or darkened are not found.
-    """
-
-    def flat(levels: Tensor) -> Tensor:
-        levels = levels.float()
-        if min(levels.shape[2:]) > 32:
-            levels = F.adaptive_avg_pool2d(levels, 32)
-        return levels.flatten(1)
-
-    training_sides = flat(training), flat(training.flip(-1))
-    found = []
-    for part in images.split(256):
-        part = flat(part)
-        distances = torch.minimum(*(torch.cdist(part, side) for side in training_sides))  # (n, M)
-        nearest = distances.topk(min(NEIGHBOURS, len(training)), largest=False).values
-        limit = (NEAR * nearest.median(dim=1).values).clamp(min=SAME * part.shape[1] ** 0.5)
-        found.append(nearest[:, 0] < limit)
-    return torch.cat(found)
-
-
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,26 +68,20 @@ class Quality:
     kid_low: float  # of the 95% interval
     kid_high: float
     fd: float | None  # None if a set has too few images
-    near_copies: int | None  # of training images, if these are known
 
     def __str__(self) -> str:
         text = f"N {self.images}  KID {self.kid:.4f} ({self.kid_low:.4f} to {self.kid_high:.4f})  FD "
-        text += "-" if self.fd is None else f"{self.fd:.2f}"
-        if self.near_copies is not None:
-            text += f"  near-copies {self.near_copies} ({self.near_copies / self.images:.1%})"
-        return text
+        return text + ("-" if self.fd is None else f"{self.fd:.2f}")
 
 
-def quality(network: Features, images: Tensor, real: Tensor, training: Tensor | None = None) -> Quality:
-    """Compares uint8 (N, C, H, W) images with real ones and, for near-copies, with training images."""
+def quality(network: Features, images: Tensor, real: Tensor) -> Quality:
+    """Compares uint8 (N, C, H, W) images with real ones."""
     x, y = features_of(network, images), features_of(network, real)
     value, error = kid(x, y)
-    fd, copies = None, None
+    fd = None
     if min(len(x), len(y)) > x.shape[1]:
         fd = frechet_distance(x, y)
-    if training is not None:
-        copies = int(near_copies(images, training).sum())
-    return Quality(len(images), len(real), value, value - 1.96 * error, value + 1.96 * error, fd, copies)
+    return Quality(len(images), len(real), value, value - 1.96 * error, value + 1.96 * error, fd)
 
 
 UNSEEN = "synthetic:4096:2147483648"  # no run is trained on this seed unless it asks for it
@@ -232,8 +192,8 @@ def report_quality(args: argparse.Namespace) -> None:
             f"quality needs at least 3 images on each side, and there are {len(images)} to evaluate and "
             f"{len(real.images)} to compare with; ask for more with -n, or name others with --real"
         )
-    real_pixels, training_pixels = (part and torch.from_numpy(part.images) for part in (real, training))
-    rows = {"images": quality(network, images, real_pixels, training_pixels)}
+    real_pixels = torch.from_numpy(real.images)
+    rows = {"images": quality(network, images, real_pixels)}
     if training:
         some = torch.from_numpy(random_subset(training, len(images)).images)
         rows["training images"] = quality(network, some, real_pixels)
@@ -246,6 +206,65 @@ def report_quality(args: argparse.Namespace) -> None:
             record[name] = images and {"source": images.source, "fingerprint": images.fingerprint}
         data.write_json(args.json, record | {name.replace(" ", "_"): asdict(row) for name, row in rows.items()})
         print(f"wrote {args.json}")
+
+
+# ---- memorised -------------------------------------------------------------------------------------------------------
+
+PAIRS = 24  # shown in a report
+
+
+def closest_pairs(images: Tensor, training: Tensor, found: Memorisation, names: Sequence[str]) -> dict:
+    """Returns the pictures of generated images and their nearest training images, closest first."""
+    pairs, captions = [], []
+    for i in found.generated.distance.argsort(stable=True)[:PAIRS].tolist():
+        index, mirrored, distance, _ = (values[i].item() for values in vars(found.generated).values())
+        copied = training[index]
+        caption = f"{names[i]}training image {index}, distance {distance:.3f}"
+        if mirrored:
+            copied, caption = copied.flip(-1), f"{caption}, mirrored"
+        pairs.append(torch.cat([images[i], copied], 2))
+        captions.append(caption)
+    return pictures("Closest pairs: generated image, training image", torch.stack(pairs), captions)
+
+
+def copies_table(found: Memorisation) -> dict:
+    rows = []
+    for name, near in (("generated", found.generated.near), ("not generated", found.null)):
+        copies, count = int(near.sum()), len(near)
+        low, high = wilson(copies, count)
+        rows.append([name, count, copies, f"{copies / count:.1%}", f"{low:.1%} to {high:.1%}"])
+    columns = ["images", "number", "near-copies", "share", "95% interval"]
+    return {"title": "Near-copies of training images", "columns": columns, "rows": rows}
+
+
+def report_memorised(args: argparse.Namespace) -> int:
+    """Looks for copies of training images. Returns 1 if the model has memorised some."""
+    images, training, real, made_by = read_subject(args)
+    if training is None:
+        raise InputError(f"{made_by['source']} does not tell what it was trained on; name the images with --train")
+    pixels = torch.from_numpy(training.images)
+    found = memorised(images, pixels, torch.from_numpy(real.images))
+    names = [""] * len(images)
+    if "seed" in made_by:
+        names = [f"seed {args.seed + i}, " for i in range(len(images))]
+    distances = {"generated": found.generated.distance.tolist(), "held out": found.held_out.distance.tolist()}
+    sets = {
+        "training images": f"{len(pixels)} of {training.source}",
+        "held-out images": f"{len(real.images)} of {real.source}",
+    }
+    document = {
+        "title": f"Memorisation: {made_by['source']}",
+        "verdict": found.verdict,
+        "alarm": found.found,
+        "p": found.p,
+        "facts": made_by | sets,
+        "tables": [copies_table(found)],
+        "histograms": [{"title": "Distance to the nearest training image", "lines": distances}],
+        "pictures": [closest_pairs(images, pixels, found, names)],
+    }
+    print(found.verdict)
+    write_report(args.out, document, args.json)
+    return int(found.found)
 
 
 # ---- drift: are these images like those of the golden set? -----------------------------------------------------------
@@ -487,10 +506,10 @@ def read_served(
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
 
-def pictures(title: str, images: Measured) -> dict:
+def pictures(title: str, pixels: Tensor, names: Sequence[str]) -> dict:
     items = []
-    for pixels, name in zip(images.pixels, images.names, strict=True):
-        png = base64.b64encode(data.encode_png(data.grid(pixels[None], padding=0))).decode()
+    for image, name in zip(pixels, names, strict=True):
+        png = base64.b64encode(data.encode_png(data.grid(image[None], padding=0))).decode()
         items.append({"caption": str(name), "source": f"data:image/png;base64,{png}"})
     return {"title": title, "items": items}
 
@@ -541,16 +560,15 @@ def explain(golden: Measured, current: Measured, unusual: Tensor) -> dict:
         lines = {"golden": golden.statistics[:, i].tolist(), "current": current.statistics[:, i].tolist()}
         histograms.append({"title": STATISTICS[i], "lines": lines})
     of_golden, of_current = unusual.split([len(golden.labels), len(current.labels)])
+    shown = {
+        "Current images least like the golden set": current.rows(of_current.topk(8).indices),
+        "Golden images least like the current ones": golden.rows(of_golden.topk(8, largest=False).indices),
+    }
     columns = ["", "golden", "current", "change in standard deviations"]
     return {
         "tables": [{"title": "What changed", "columns": columns, "rows": rows}],
         "histograms": histograms,
-        "pictures": [
-            pictures("Current images least like the golden set", current.rows(of_current.topk(8).indices)),
-            pictures(
-                "Golden images least like the current ones", golden.rows(of_golden.topk(8, largest=False).indices)
-            ),
-        ],
+        "pictures": [pictures(title, part.pixels, part.names) for title, part in shown.items()],
     }
 
 
@@ -885,13 +903,19 @@ QUALITY_FLAGS = {
         Flag("--real", None, str, "images to compare with: folder, parquet file, Hugging Face dataset id or "
              "synthetic:COUNT:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
              "synthetic images)"),
-        Flag("--train", None, str, "training images, to find near-copies (default: those of the run)"),
+        Flag("--train", None, str, "training images (default: those of the run)"),
         Flag("--size", None, whole(8, 1024), "scale images to N x N pixels (default: the model's size, else 64)"),
         Flag("--seed", 0, whole(0), "seed of the first sample"),
         Flag("--json", None, Path, "also write the metrics to this file"),
         sample.DEVICE_FLAGS[0],
     ],
 }  # fmt: skip
+MEMORISED_FLAGS = {
+    "memorised": [
+        *QUALITY_FLAGS["quality"],
+        Flag("--out", Path("memorised.html"), Path, "report to write"),
+    ],
+}
 REFERENCE_FLAGS = {
     "golden set": [
         sample.MODEL_FLAG,
@@ -947,9 +971,15 @@ SERVED = "folder that `server.py --save` writes"
 COMMANDS = {  # name: (function, what it does, its subject, its flags)
     "quality": (
         report_quality,
-        "measures how close images are to real ones: KID with its 95% interval, FD, number of near-copies",
+        "measures how close images are to real ones: KID with its 95% interval, FD",
         "run, model folder, or images as for --real (default: the newest run, or the default model)",
         QUALITY_FLAGS,
+    ),
+    "memorised": (
+        report_memorised,
+        "looks for copies of training images; the exit status is 1 if the model has memorised some",
+        "run, model folder, or images as for --train (default: the newest run, or the default model)",
+        MEMORISED_FLAGS,
     ),
     "reference": (
         make_reference,
@@ -985,7 +1015,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text.replace("%", "%%"), description=text, docstring=__doc__)
         command.set_defaults(work=work)
         if subject:
-            nargs = "?" if name == "quality" else None
+            nargs = "?" if name in ("quality", "memorised") else None
             command.add_argument("subject", nargs=nargs, metavar="SUBJECT", help=subject)
         data.add_flags(command, flags)
     return parser.parse_args(argv)
