@@ -755,7 +755,7 @@ def _decode_all(path: Path, items: Iterable[Item], total: int, size: int, channe
     from tqdm import tqdm
 
     labels, digests, skipped, items = [], [], [], iter(items)
-    decode_one = functools.partial(_decode_item, size=size, channels=channels)
+    decode_one = functools.partial(decode_item, size=size, channels=channels)
     # Warning filters apply to the process, so they are set here and not in each thread.
     with warnings.catch_warnings(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
@@ -775,7 +775,7 @@ def _decode_all(path: Path, items: Iterable[Item], total: int, size: int, channe
     return labels, digests, skipped
 
 
-def _decode_item(item: Item, size: int, channels: int) -> tuple:
+def decode_item(item: Item, size: int, channels: int) -> tuple:
     """Returns an item's digest and pixels, uint8 (channels, size, size); for a damaged one None and the reason."""
     encoded = item.encoded
     try:

@@ -1,8 +1,7 @@
-"""Measures the quality of images and models, and checks served images for drift.
+"""Measures the quality of images and models, compares runs, and checks served images for drift.
 
     python monitor.py quality runs/x                     samples of a run, against images that it has not seen
-    python monitor.py memorised runs/x                   looks for copies of training images among samples of a run
-    python monitor.py reference                          draws images of the released model, to compare served ones with
+    python monitor.py compare runs/*                     curves of several runs, and which is the best
     python monitor.py watch served                       tests the folder of `server.py --save served` every hour
 
 All comparisons use the features of a small network of our own, which was trained once on synthetic butterflies and
@@ -51,6 +50,7 @@ from builtin.features import (
     statistics_of,
 )
 from builtin.report import SCHEMA, write_report
+from builtin.run_report import compare_runs, read_run
 from builtin.served_images import ServedImages
 from builtin.telemetry import exposition, labelled
 from data import Flag, InputError, real, whole
@@ -895,6 +895,27 @@ def write_textfile(file: Path, numbers: dict) -> None:
     data.atomic_write(file, lambda opened: opened.write(exposition(WATCH_METRICS, numbers).encode()))
 
 
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def report_runs(args: argparse.Namespace) -> None:
+    """Compares runs: what differs between their settings, and which is the best."""
+    folders = [Path(name) for name in args.subject]
+    runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            print(f"skipped {folder}: it has no config.json of a run", file=sys.stderr)
+    if not runs:
+        raise InputError(f"none of {', '.join(args.subject)} is a run; name folders that train.py wrote, like runs/*")
+    document = compare_runs(runs, args.sort)
+    (table,) = document["tables"]
+    widths = [max(len(str(row[i])) for row in (table["columns"], *table["rows"])) for i in range(len(table["columns"]))]
+    for row in (table["columns"], *table["rows"]):
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(document["verdict"])
+    write_report(args.out, document, args.json)
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 QUALITY_FLAGS = {
@@ -968,6 +989,15 @@ WATCH_FLAGS = {
 
 
 SERVED = "folder that `server.py --save` writes"
+COMPARE_FLAGS = {
+    "compare": [
+        Flag("--sort", "held_out_loss", ("held_out_loss", "kid", "loss"), "what the best run has the lowest of"),
+        Flag("--out", Path("compare.html"), Path, "report to write"),
+        Flag("--json", None, Path, "also write the report as JSON"),
+    ],
+}
+
+
 COMMANDS = {  # name: (function, what it does, its subject, its flags)
     "quality": (
         report_quality,
@@ -980,6 +1010,12 @@ COMMANDS = {  # name: (function, what it does, its subject, its flags)
         "looks for copies of training images; the exit status is 1 if the model has memorised some",
         "run, model folder, or images as for --train (default: the newest run, or the default model)",
         MEMORISED_FLAGS,
+    ),
+    "compare": (
+        report_runs,
+        "compares runs: curves, the settings that differ, the best of each",
+        "folders of runs, like runs/*",
+        COMPARE_FLAGS,
     ),
     "reference": (
         make_reference,
@@ -1015,7 +1051,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text.replace("%", "%%"), description=text, docstring=__doc__)
         command.set_defaults(work=work)
         if subject:
-            nargs = "?" if name in ("quality", "memorised") else None
+            nargs = {"quality": "?", "memorised": "?", "compare": "+"}.get(name)
             command.add_argument("subject", nargs=nargs, metavar="SUBJECT", help=subject)
         data.add_flags(command, flags)
     return parser.parse_args(argv)

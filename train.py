@@ -18,6 +18,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -37,6 +38,7 @@ import ddpm
 import sample
 import unet
 from builtin.muon import Muon
+from builtin.profile import profile
 from builtin.run_folder import (
     append_metrics,
     cut_metrics,
@@ -154,6 +156,7 @@ RUN_FLAGS = {
         Flag("--preset", None, tuple(PRESETS), "nano (32 px), small (64 px), base or classic (128 px) (default: by "
              "device: cpu nano, mps small, cuda base)"),
         Flag("--config", None, Path, "start a new run with the settings of this config.json"),
+        Flag("--profile", None, Path, "train nothing: print where the time of a step goes, and write a trace (JSON)"),
         Flag("--resume", None, Path, "continue the run in this folder; add --steps to extend a finished one"),
     ]
 }  # fmt: skip
@@ -485,10 +488,14 @@ class State:
             self.sums[:3] += torch.stack([loss, norm, torch.ones_like(loss)])
         self.scaler.update()
         self.network.zero_grad()
-        torch._foreach_lerp_(
-            list(self.ema.parameters()), list(self.network.parameters()), ema_weight(settings, self.step)
-        )
+        self.average(settings)
         self.step += 1
+
+    @torch.no_grad()
+    def average(self, settings: dict) -> None:
+        """Moves the average towards the weights."""
+        weight = ema_weight(settings, self.step)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), weight)
 
     def metrics(self, settings: dict) -> dict:
         """Returns the means since the last call, and starts new ones."""
@@ -1017,11 +1024,21 @@ def train(run: Run) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
+def profile_run(args: argparse.Namespace, given: dict) -> None:
+    """Profiles a new run in a temporary folder."""
+    if args.out or args.resume:
+        raise InputError("--profile trains nothing and writes no run; omit --out and --resume")
+    with tempfile.TemporaryDirectory() as folder:
+        profile(begin_run(args, given, Path(folder)), args.profile, prediction_losses)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args, given = parse_arguments(argv)
     sample.set_threads()
 
     def work() -> int:
+        if args.profile:
+            return profile_run(args, given)
         resume_after_restart(args, given)
         with run_folder(args) as folder:
             run = begin_run(args, given, folder)

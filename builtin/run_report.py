@@ -57,7 +57,7 @@ class RunRecord:
         return min(((value, step) for step, value in self.points(field)), default=None)
 
     def seconds(self) -> float:
-        """Returns the training time, without evaluation, previews and saving."""
+        """Returns the time that the run has taken, with evaluation, previews and saving."""
         seconds, images = 0.0, 0
         for line in self.metrics:
             if line.get("images_per_second"):
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> RunRecord:
     if not isinstance(config.get("settings"), dict) or not isinstance(config.get("data", {}), dict):
         raise InputError(f"{folder / 'config.json'} is not the config.json of a run")
     lines = []
-    with suppress(FileNotFoundError), data.disk_errors(f"read {folder / 'metrics.jsonl'}"):
+    with data.disk_errors(f"read {folder / 'metrics.jsonl'}"), suppress(FileNotFoundError):
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     metrics = []
     for line in lines:
@@ -135,7 +135,7 @@ def cost(run: RunRecord) -> dict:
 
 def as_cell(value) -> str:
     """Returns the text of a setting."""
-    return data.as_text(value) if value is not None else "-"
+    return "-" if value in (None, []) else data.as_text(value)
 
 
 def report_run(folder: Path, state: str) -> None:
@@ -178,7 +178,7 @@ def quality_table(run: RunRecord) -> dict:
 
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
-COMPARED = ("loss", "held_out_loss", "kid")
+COMPARED = {"loss": "training loss", "held_out_loss": "held-out loss", "kid": "KID"}
 
 
 def compare_runs(runs: list[RunRecord], sort: str) -> dict:
@@ -200,14 +200,14 @@ def compare_runs(runs: list[RunRecord], sort: str) -> dict:
         rows.append([str(run.folder), steps, *cells, duration(run.seconds()), *(texts[name][i] for name in differing)])
     columns = ["run", "steps", "lowest held-out loss", "lowest KID", "time", *differing]
     series = [
-        {"title": field.replace("_", " "), "log": field != "kid", "lines": lines}
-        for field in COMPARED
+        {"title": title[0].upper() + title[1:], "log": field != "kid", "lines": lines}
+        for field, title in COMPARED.items()
         if (lines := {str(run.folder): thinned(points) for run in runs if (points := run.points(field))})
     ]
     best = runs[0].lowest(sort)
-    verdict = f"No run has a {sort} yet."
+    verdict = f"No run has a {COMPARED[sort]} yet."
     if best:
-        verdict = f"{runs[0].folder} has the lowest {sort}: {best[0]:.4f}, at step {best[1]:,}."
+        verdict = f"{runs[0].folder} has the lowest {COMPARED[sort]}: {best[0]:.4f}, at step {best[1]:,}."
     fingerprints = {run.config.get("data", {}).get("fingerprint") for run in runs}
     if len(fingerprints) > 1:
         verdict += " The runs used different data, so that their losses cannot be compared."
@@ -215,9 +215,9 @@ def compare_runs(runs: list[RunRecord], sort: str) -> dict:
         "title": f"{len(runs)} runs",
         "verdict": verdict,
         "alarm": False,
-        "tables": [{"title": f"Runs, sorted by {sort}", "columns": columns, "rows": rows}],
+        "tables": [{"title": f"Runs, sorted by {COMPARED[sort]}", "columns": columns, "rows": rows}],
         "series": series,
-        "facts": {"sorted by": sort},
+        "facts": {},
     }
 
 
@@ -299,6 +299,7 @@ def model_card(folder: Path) -> str:
     for name in ("kid", "fd", "precision", "recall", "density", "coverage", "near_copies"):
         if name in measured:
             quality.append(f"- {name.replace('_', '-')}: {measured[name]:.4g} (step {measured['step']:,})")
+    given = {name: as_cell(value) for name, value in settings.items() if value not in (None, [])}
     described = {"source": kept["source"], "revision": kept["revision"], "SHA-256": kept["fingerprint"]}
     described |= {"training images": kept["images"], "held-out images": kept["held_out"]}
     return CARD.format(
@@ -314,5 +315,7 @@ def model_card(folder: Path) -> str:
         diffusers=with_diffusers(run.config["network"]),
         data="\n".join(f"- {name}: {value}" for name, value in described.items() if value is not None),
         quality="\n".join(quality) or "- nothing yet",
-        settings="\n".join(f"- {name}: {as_cell(value)}" for name, value in settings.items() if value is not None),
+        settings="\n".join(f"- {name}: {text}" for name, text in given.items()),
+            f"- {name}: {as_cell(value)}" for name, value in settings.items() if value not in (None, [])
+        ),
     )

@@ -561,13 +561,13 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
     """Encoded images are read a few at a time: a large dataset need not fit in memory."""
-    read, most, decode_item = [], [], data._decode_item
+    read, most, decode_item = [], [], data.decode_item
 
     def decode(item, **options):
         most.append(len(read) - item.label)
         return decode_item(item, **options)
 
-    monkeypatch.setattr(data, "_decode_item", decode)
+    monkeypatch.setattr(data, "decode_item", decode)
     content = encode(solid("L", 7))
     items = (read.append(i) or data.Item(str(i), content, i) for i in range(600))
     labels, digests, skipped = data._decode_all(tmp_path / "images.bin", items, 600, 8, 1, False)

@@ -1,0 +1,226 @@
+"""Runs that can be seen and compared: report, comparison, model card, profile."""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import monitor
+import train
+from builtin import profile, run_report
+from tests.conftest import OFTEN, TINY
+from tests.test_train import error_of, metrics
+
+
+def document_of(page) -> dict:
+    """The JSON inside a report."""
+    text = re.search(r'<script type="application/json" id="document">(.*?)</script>', page.read_text(), re.S)[1]
+    return json.loads(text)
+
+
+def lines_of(document: dict) -> dict:
+    return {title: plot["lines"] for plot in document["series"] for title in [plot["title"]]}
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_report_shows_what_was_logged(trained):
+    document, logged = document_of(trained / "report.html"), metrics(trained)
+    lines = lines_of(document)
+    for name, field in (("training", "loss"), ("held-out", "held_out_loss")):
+        assert lines["Loss"][name] == [[line["step"], line[field]] for line in logged if field in line]
+    assert lines["Learning rate"]["learning rate"] == [[line["step"], line["lr"]] for line in logged if "lr" in line]
+    quarters = lines["Held-out loss by noise level"]
+    assert list(quarters) == ["least noise", "second quarter", "third quarter", "most noise"]
+    for i, (step, loss) in enumerate(lines["Loss"]["held-out"]):  # 8 images: all quarters are equally large
+        assert sum(line[i][1] for line in quarters.values()) / 4 == pytest.approx(loss, rel=1e-6)
+        assert all(line[i][0] == step for line in quarters.values())
+    best = min(line["held_out_loss"] for line in logged if "held_out_loss" in line)
+    assert (
+        document["verdict"].startswith("Finished: step 12 of 12. Lowest held-out loss ")
+        and f"{best:.4f}" in document["verdict"]
+    )
+    assert document["reload"] == 0 and document["facts"]["images seen"] == "96"
+    config = data.read_json(trained / "config.json")
+    assert document["facts"]["data: fingerprint"] == config["data"]["fingerprint"]
+    (table,) = (table for table in document["tables"] if table["title"] == "Settings")
+    assert dict(map(tuple, table["rows"]))["batch_size"] == "8" and len(table["rows"]) == len(train.DEFAULTS)
+    assert [item["caption"] for item in document["film"]["items"]] == ["step 8", "step 12"]
+    shown = Image.open(io.BytesIO(base64.b64decode(document["film"]["items"][1]["source"].partition(",")[2])))
+    assert shown.size == Image.open(trained / "samples/00000012.png").size
+
+
+def test_the_noise_levels_are_in_order(trained):
+    """For a network that says 0 the loss of v is alpha^2 eps^2 + sigma^2 x0^2: the quarters have rising timesteps."""
+    run = trained
+    dataset = data.prepare(data.read_json(run / "config.json")["data"]["source"], 16, progress=False)
+    cdf = train.ddpm.timestep_cdf(train.ddpm.Schedule())
+    held_out = train.HeldOut(dataset, data.split(dataset)[1], train.DEFAULTS, cdf, torch.device("cpu"))
+    table = torch.ones(1000, 5)
+    losses = held_out.losses(lambda x, t, labels: t[:, None, None, None] * torch.ones_like(x), table, torch.no_grad)
+    assert len(losses) == 8 and (losses.diff() > 0).all()
+
+
+def test_report_while_it_trains(tmp_path, monkeypatch, fit):
+    """Rewritten at each preview, readable at any time, and reloading itself only until the end."""
+    states, report = [], train.report_run
+
+    def recording(folder, state):
+        report(folder, state)
+        document = document_of(folder / "report.html")
+        states.append((state, document["reload"] > 0, len(document["film"]["items"]), document["verdict"][:20]))
+
+    monkeypatch.setattr(train, "report_run", recording)
+    assert fit(tmp_path / "run") == 0
+    assert [state[:3] for state in states] == [("running", True, 1), ("finished", False, 2)]
+    assert states[0][3] == "Running: step 8 of 1"
+
+
+def test_logs_that_are_long_damaged_or_half_written(tmp_path, trained):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    lines = [
+        json.dumps({"step": i, "loss": 2.0 + i % 2, "images_per_second": 10.0, "images": 8 * i})
+        for i in range(1, 40_001)
+    ]
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*lines, '{"step": 40001, "loss": NaN}', "null", '{"step": 40002, "lo'])
+    )
+    run_report.report_run(run, "running")
+    (points,) = [
+        plot["lines"]["training"] for plot in document_of(run / "report.html")["series"] if plot["title"] == "Loss"
+    ]
+    assert len(points) <= run_report.POINTS and points[-1][0] == 40_000
+    assert all(abs(value - 2.5) < 0.05 for _, value in points)  # means of neighbours, not a choice of them
+    assert (run / "report.html").stat().st_size < 1_000_000
+    assert run_report.read_run(run).seconds() == pytest.approx(32_000)
+    (run / "metrics.jsonl").unlink()
+    run_report.report_run(run, "running")
+    assert document_of(run / "report.html")["series"] == []
+
+
+def test_hostile_text_stays_text(tmp_path, trained):
+    run = tmp_path / "run</script><b>"
+    shutil.copytree(trained, run)
+    run_report.report_run(run, "running")
+    assert document_of(run / "report.html")["title"] == f"Run {run}"
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(shapes, tmp_path_factory):
+    """Three learning rates, and a folder that holds no run."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for rate in ("0.001", "0.01", "0.03"):
+        flags = ["--data", str(shapes), "--steps", "12", *TINY, *OFTEN, "--lr", rate]
+        assert train.main([*flags, "--out", str(folder / f"lr-{rate}")]) == 0
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_runs_are_compared(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = sorted(map(str, sweep.iterdir()))
+    assert monitor.main(["compare", *folders, "--json", "compare.json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"skipped {sweep / 'notes'}: it has no config.json of a run\n"
+    document = json.loads((tmp_path / "compare.json").read_text())
+    (table,) = document["tables"]
+    assert table["columns"] == ["run", "steps", "lowest held-out loss", "lowest KID", "time", "lr"]
+    lowest = {
+        str(sweep / f"lr-{rate}"): min(
+            line["held_out_loss"] for line in metrics(sweep / f"lr-{rate}") if "held_out_loss" in line
+        )
+        for rate in ("0.001", "0.01", "0.03")
+    }
+    order = sorted(lowest, key=lowest.get)
+    assert [row[0] for row in table["rows"]] == order
+    assert all(row[2].startswith(f"{lowest[row[0]]:.4f} (step ") for row in table["rows"])
+    assert [row[5] for row in table["rows"]] == [name.rpartition("-")[2] for name in order]
+    assert list(lines_of(document_of(tmp_path / "compare.html"))["Held-out loss"]) == order
+    assert f"{order[0]} has the lowest held-out loss: {lowest[order[0]]:.4f}" in printed.out
+    assert document == document_of(tmp_path / "compare.html")
+    assert monitor.main(["compare", *folders, "--sort", "kid"]) == 0
+    assert "No run has a KID yet." in capsys.readouterr().out
+
+
+def test_runs_on_other_data_are_not_ranked_in_silence(sweep, trained, tmp_path, capsys):
+    run = tmp_path / "other"
+    shutil.copytree(trained, run)
+    config = data.read_json(run / "config.json")
+    config["data"]["fingerprint"] = "0" * 64
+    data.write_json(run / "config.json", config)
+    page = ["--out", str(tmp_path / "compare.html")]
+    assert monitor.main(["compare", str(run), str(sweep / "lr-0.01"), *page]) == 0
+    assert "The runs used different data, so that their losses cannot be compared." in capsys.readouterr().out
+
+
+def test_nothing_to_compare(tmp_path, capsys):
+    assert monitor.main(["compare", str(tmp_path)]) == 2
+    assert f"none of {tmp_path} is a run; name folders that train.py wrote" in error_of(capsys)
+    (tmp_path / "config.json").write_text('{"settings": 3}')
+    assert monitor.main(["compare", str(tmp_path)]) == 2
+    assert "is not the config.json of a run" in error_of(capsys)
+
+
+# ---- model card ------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_one_of_the_hub_and_its_code_draws(trained):
+    from huggingface_hub import ModelCard
+
+    for name in ("model", "best"):
+        card = ModelCard.load(trained / name / "README.md")
+        assert card.data.library_name == "diffusers" and "papilio" in card.data.tags
+    config = data.read_json(trained / "config.json")
+    assert config["data"]["fingerprint"] in card.content and "- dropout: 0.2" in card.content
+    last = [line["held_out_loss"] for line in metrics(trained) if "held_out_loss" in line][-1]
+    assert f"- held-out loss: {last:.4f} (step 12)" in (trained / "model/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", (trained / "model/README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace("THIS_FOLDER", str(trained / "model")).replace("=50", "=2"), names)
+    assert len(names["images"]) == 8 and names["images"][0].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence", [(["--patch-size", "2"], "fold patches"), (["--classes"], "class-conditional")]
+)
+def test_a_card_promises_no_pipeline_that_there_is_not(tmp_path, fit, flags, sentence):
+    assert fit(tmp_path / "run", *flags, steps=1) == 0
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert sentence in card and "```python" not in card
+
+
+# ---- profile ---------------------------------------------------------------------------------------------------------
+
+
+def test_profile_names_the_parts_of_a_step(tmp_path, monkeypatch, capsys, shapes):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", str(shapes), *TINY, "--profile", "trace.json"]) == 0
+    printed = capsys.readouterr().out
+    shares = {name: float(share) for name, share in re.findall(r"^  (\w+) +[\d.]+ ms +([\d.]+)%$", printed, re.M)}
+    assert list(shares) == ["data", "forward", "backward", "optimizer", "EMA"]
+    assert sum(shares.values()) == pytest.approx(100, abs=0.3) and min(shares.values()) > 0
+    assert re.search(r"\d+% of the [\d,]+ GFLOP/s that a product of matrices reaches in fp32", printed)
+    assert re.search(r"^   1 worker +[\d,]+ images/s$", printed, re.M)
+    events = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"data", "forward", "backward", "optimizer", "EMA", "aten::convolution"} <= events
+    assert not (tmp_path / "runs").exists()
+    assert train.main(["--data", str(shapes), *TINY, "--profile", "trace.json", "--out", "run"]) == 2
+    assert "--profile trains nothing and writes no run; omit --out and --resume" in error_of(capsys)
+
+
+def test_the_peak_is_what_a_product_takes(monkeypatch):
+    """A clock that advances by one second at each look: 2 n^3 operations in a second."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(ticks)))
+    assert profile.peak_gflops(torch.device("cpu"), torch.float32, side=100) == pytest.approx(2e6 / 1e9)
