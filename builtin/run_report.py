@@ -316,6 +316,4 @@ def model_card(folder: Path) -> str:
         data="\n".join(f"- {name}: {value}" for name, value in described.items() if value is not None),
         quality="\n".join(quality) or "- nothing yet",
         settings="\n".join(f"- {name}: {text}" for name, text in given.items()),
-            f"- {name}: {as_cell(value)}" for name, value in settings.items() if value not in (None, [])
-        ),
     )
