@@ -14,6 +14,8 @@ import torch
 
 import data
 import monitor
+import train
+from builtin import run_report
 from tests.test_sample import NAMES, make_model
 from tests.test_server import gauges, get, pixels, serving, wait_until
 
@@ -366,6 +368,7 @@ def report(tmp_path_factory):
         ],
         "histograms": [{"title": HOSTILE, "lines": {"golden": [0.1, 0.2, 0.2, 0.4], "current": [0.5] * 9}}],
         "pictures": [{"title": "Unusual", "items": [{"caption": HOSTILE, "source": picture}] * 8}],
+        "film": {"title": HOSTILE, "items": [{"caption": f"{HOSTILE} {i}", "source": picture} for i in range(3)]},
     }
     page = tmp_path_factory.mktemp("report") / "report.html"
     monitor.write_report(page, document)
@@ -407,6 +410,7 @@ def test_plots_tell_values_smooth_and_change_their_axis(browser, report):
     with opened_report(browser, report) as page:
         loss = page.locator(".plots section").first
         svg, key = loss.locator("svg"), loss.locator(".legend")
+        svg.scroll_into_view_if_needed()
         box = svg.bounding_box()
         left, right = (box["x"] + box["width"] * pixel / 480 for pixel in (52, 470))
         page.mouse.move(left + (right - left) * 100 / 299, box["y"] + 40)
@@ -429,3 +433,50 @@ def test_axe_finds_nothing_in_a_report_and_nothing_sticks_out(browser, report, s
     with opened_report(browser, report, width, scheme) as page:
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_report_of_a_run_goes_along_with_it(browser, tmp_path, monkeypatch, fit):
+    """Opened at the first preview, it reloads itself, shows the new grid, keeps a chosen one, and stops at the end."""
+    monkeypatch.setattr(run_report, "RELOAD_SECONDS", 0.3)
+    run, report = tmp_path / "run", train.report_run
+    chosen = "document.querySelector('.film p').textContent"
+
+    def look(folder, state):
+        report(folder, state)
+        if state == "running" and not opened:
+            context = browser.new_context(viewport={"width": 390, "height": 900})
+            opened.append(context.new_page())
+            opened[0].on("pageerror", lambda error: problems.append(str(error)))
+            opened[0].goto((folder / "report.html").as_uri())
+            seen.append(opened[0].evaluate(chosen))
+
+    opened, problems, seen = [], [], []
+    monkeypatch.setattr(train, "report_run", look)
+    assert fit(run, "--preview-every", "4") == 0
+    (page,) = opened
+    page.locator("#verdict", has_text="Finished: step 12 of 12").wait_for()
+    seen.append(page.evaluate(chosen))
+    assert seen == ["step 4", "step 12"] and page.locator("img").evaluate("image => image.naturalWidth") > 100
+    page.locator(".film input").fill("1")
+    assert page.evaluate(chosen) == "step 8"
+    page.reload()
+    assert page.evaluate(chosen) == "step 8"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and violations(page) == []
+    run_report.report_run(run, "running")
+    page.goto((run / "report.html").as_uri())
+    run_report.report_run(run, "finished")
+    page.locator("#verdict", has_text="Finished").wait_for()
+    page.evaluate("window.mark = 1")
+    page.wait_for_timeout(700)
+    assert page.evaluate("window.mark") == 1 and not problems  # it no longer reloads
+    page.context.close()
+
+
+def test_a_film_shows_the_picture_of_its_slider(browser, report):
+    with opened_report(browser, report) as page:
+        slider, caption = page.locator(".film input"), page.locator(".film p")
+        assert caption.inner_text() == f"{HOSTILE} 2"
+        slider.focus()
+        page.keyboard.press("ArrowLeft")
+        assert caption.inner_text() == f"{HOSTILE} 1" == slider.get_attribute("aria-valuetext")
+        assert page.locator(".film img").get_attribute("alt") == f"{HOSTILE} 1"
