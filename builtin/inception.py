@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from builtin.quality import Estimate, inception_score, measures
+from builtin.quality import SPLITS, Estimate, inception_score, measures
 from data import InputError
 
 HASH = "6726825d"  # SHA-256 of the file by which FID is defined begins so
@@ -73,17 +73,21 @@ class Inception(nn.Module):
                 return h.mean((2, 3))
         raise ValueError(f"features have 64, 192, 768 or 2048 dimensions, not {dims}")
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Returns the logits of features (N, 2048) for the Inception score: (N, 1008), without bias as in its code."""
+        return features @ self.layers.fc.weight.to(features).T
+
     def measures(self, x: Tensor, y: Tensor) -> dict[str, Estimate]:
         """Returns quality.measures of features (N, 2048) and (M, 2048), with the Inception score "is" of x.
 
         The Frechet distance is called "fid" if the weights are those of FID. Like everyone's, it is also computed from
-        fewer images than dimensions. The score's logits have no bias, like those of the original code.
+        fewer images than dimensions.
         """
         found = measures(x, y, singular=True)
         if self.weights == HASH:
             found = {"fid": found.pop("fd")} | found
-        if len(x) >= 10:
-            found["is"] = inception_score(x @ self.layers.fc.weight.double().cpu().T)
+        if len(x) >= SPLITS:
+            found["is"] = inception_score(self.logits(x))
         return found
 
 
