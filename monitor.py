@@ -5,7 +5,8 @@
     python monitor.py watch served                       tests the folder of `server.py --save served` every hour
 
 All comparisons use the features of a small network of our own, which was trained once on synthetic butterflies and
-never changes (`builtin/features.py`). Numbers are comparable between runs, but not with anyone else's "FID" or "KID".
+never changes (`builtin/features.py`). Numbers are comparable between runs, but not with anyone else's "FID" or "KID";
+for those, `quality --inception` adds the features of the Inception network that papers use (`builtin/inception.py`).
 """
 
 import argparse
@@ -26,7 +27,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -44,11 +45,11 @@ from builtin.features import (
     STATISTICS,
     Features,
     features_of,
-    frechet_distance,
-    kid,
     load_features,
     statistics_of,
 )
+from builtin.inception import load_inception
+from builtin.quality import COLUMNS, Estimate, as_records, as_rows, as_text, measures
 from builtin.report import SCHEMA, write_report
 from builtin.run_report import compare_runs, read_run
 from builtin.served_images import ServedImages
@@ -58,30 +59,12 @@ from data import Flag, InputError, real, whole
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quality:
-    """How close a set of images is to a real one."""
+def quality(extract: Callable, images: Tensor, real: Tensor) -> dict[str, Estimate]:
+    """Compares uint8 (N, C, H, W) images with real ones by the features that `extract` gives 64 of them at a time.
 
-    images: int  # N
-    real: int  # images of the real set
-    kid: float
-    kid_low: float  # of the 95% interval
-    kid_high: float
-    fd: float | None  # None if a set has too few images
-
-    def __str__(self) -> str:
-        text = f"N {self.images}  KID {self.kid:.4f} ({self.kid_low:.4f} to {self.kid_high:.4f})  FD "
-        return text + ("-" if self.fd is None else f"{self.fd:.2f}")
-
-
-def quality(network: Features, images: Tensor, real: Tensor) -> Quality:
-    """Compares uint8 (N, C, H, W) images with real ones."""
-    x, y = features_of(network, images), features_of(network, real)
-    value, error = kid(x, y)
-    fd = None
-    if min(len(x), len(y)) > x.shape[1]:
-        fd = frechet_distance(x, y)
-    return Quality(len(images), len(real), value, value - 1.96 * error, value + 1.96 * error, fd)
+    builtin.quality.measures says which numbers there are.
+    """
+    return measures(features_of(extract, images), features_of(extract, real))
 
 
 UNSEEN = "synthetic:4096:2147483648"  # no run is trained on this seed unless it asks for it
@@ -183,29 +166,59 @@ def read_subject(args: argparse.Namespace) -> tuple:
     return images, training, real, made_by
 
 
+def compare_sets(args: argparse.Namespace, sets: dict[str, Tensor], real: Tensor) -> list[dict]:
+    """Measures sets of images, by name, against real ones: with our features, and with Inception's if asked."""
+    extractors = {f"Papilio {FEATURES_HASH[:8]}": (load_features(), measures)}
+    if args.inception:
+        inception = load_inception(None if args.inception == "auto" else Path(args.inception))
+        extractors[f"Inception {inception.weights}"] = (
+            inception.to(sample.choose_device(args.device)),
+            inception.measures,
+        )
+    records = []
+    for features, (extract, measures_of) in extractors.items():
+        y = features_of(extract, real)
+        found = {name: measures_of(features_of(extract, images), y) for name, images in sets.items()}
+        records += as_records(features, found, {name: len(images) for name, images in sets.items()}, len(real))
+    return records
+
+
+def examples(name: str, images: Tensor) -> dict:
+    """Returns up to 16 of the images, evenly spaced, as pictures of a report."""
+    some = images[:: math.ceil(len(images) / 16)]
+    return pictures(f"Some of the {name}", some, [""] * len(some))
+
+
 def report_quality(args: argparse.Namespace) -> None:
-    """Prints the quality of the images and, for comparison, of as many training images."""
-    network = load_features()
+    """Reports the quality of the images and, for comparison, of as many training images."""
     images, training, real, made_by = read_subject(args)
     if min(len(images), len(real.images)) < 3:
         raise InputError(
             f"quality needs at least 3 images on each side, and there are {len(images)} to evaluate and "
             f"{len(real.images)} to compare with; ask for more with -n, or name others with --real"
         )
-    real_pixels = torch.from_numpy(real.images)
-    rows = {"images": quality(network, images, real_pixels)}
+    facts = {"features": FEATURES_HASH, **made_by}
+    for name, dataset in (("real", real), ("training", training)):
+        if dataset:
+            facts |= {f"{name} images": dataset.source, f"{name} fingerprint": dataset.fingerprint}
+    sets = {"images": images}
     if training:
-        some = torch.from_numpy(random_subset(training, len(images)).images)
-        rows["training images"] = quality(network, some, real_pixels)
-    print(f"{made_by['source']} against {len(real.images):,} images of {real.source}")
-    for name, row in rows.items():
-        print(f"{name:17}{row}")
-    if args.json:
-        record = {"schema": SCHEMA, "features": FEATURES_HASH, "torch": torch.__version__, "made_by": made_by}
-        for name, images in (("real", real), ("training", training)):
-            record[name] = images and {"source": images.source, "fingerprint": images.fingerprint}
-        data.write_json(args.json, record | {name.replace(" ", "_"): asdict(row) for name, row in rows.items()})
-        print(f"wrote {args.json}")
+        sets["training images"] = torch.from_numpy(random_subset(training, len(images)).images)
+    real_pixels = torch.from_numpy(real.images)
+    metrics = compare_sets(args, sets, real_pixels)
+    rows = as_rows(metrics)
+    title = f"{made_by['source']} against {len(real_pixels):,} images of {real.source}"
+    print(title, as_text(rows), sep="\n")
+    document = {
+        "title": title,
+        "verdict": "KID {value:.4f} ({low:.4f} to {high:.4f}), N {n:,}".format(**metrics[0]),
+        "alarm": False,
+        "facts": facts,
+        "tables": [{"title": "Measures", "columns": COLUMNS, "rows": rows}],
+        "pictures": [examples(name, pixels) for name, pixels in {**sets, "real images": real_pixels}.items()],
+        "metrics": metrics,
+    }
+    write_report(args.out, document, args.json)
 
 
 # ---- memorised -------------------------------------------------------------------------------------------------------
@@ -918,25 +931,26 @@ def report_runs(args: argparse.Namespace) -> None:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
+SUBJECT_FLAGS = [
+    Flag("-n", 1000, whole(3, 1_000_000), "images to sample, or to read from SUBJECT"),
+    Flag("--real", None, str, "images to compare with: folder, parquet file, Hugging Face dataset id or "
+         "synthetic:COUNT:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
+         "synthetic images)"),
+    Flag("--train", None, str, "training images (default: those of the run)"),
+    Flag("--size", None, whole(8, 1024), "scale images to N x N pixels (default: the model's size, else 64)"),
+    Flag("--seed", 0, whole(0), "seed of the first sample"),
+    Flag("--json", None, Path, "also write the report as JSON"),
+    sample.DEVICE_FLAGS[0],
+]  # fmt: skip
 QUALITY_FLAGS = {
     "quality": [
-        Flag("-n", 1000, whole(3, 1_000_000), "images to sample, or to read from SUBJECT"),
-        Flag("--real", None, str, "images to compare with: folder, parquet file, Hugging Face dataset id or "
-             "synthetic:COUNT:SEED (default: the run's held-out images, or new synthetic ones if it was trained on "
-             "synthetic images)"),
-        Flag("--train", None, str, "training images (default: those of the run)"),
-        Flag("--size", None, whole(8, 1024), "scale images to N x N pixels (default: the model's size, else 64)"),
-        Flag("--seed", 0, whole(0), "seed of the first sample"),
-        Flag("--json", None, Path, "also write the metrics to this file"),
-        sample.DEVICE_FLAGS[0],
+        *SUBJECT_FLAGS,
+        Flag("--inception", None, str, "also measure FID and the Inception score, with the weights in this file; auto: "
+             "those that pytorch-fid left in torch's cache", {"metavar": "PATH"}),
+        Flag("--out", Path("quality.html"), Path, "report to write"),
     ],
 }  # fmt: skip
-MEMORISED_FLAGS = {
-    "memorised": [
-        *QUALITY_FLAGS["quality"],
-        Flag("--out", Path("memorised.html"), Path, "report to write"),
-    ],
-}
+MEMORISED_FLAGS = {"memorised": [*SUBJECT_FLAGS, Flag("--out", Path("memorised.html"), Path, "report to write")]}
 REFERENCE_FLAGS = {
     "golden set": [
         sample.MODEL_FLAG,
@@ -1001,7 +1015,7 @@ COMPARE_FLAGS = {
 COMMANDS = {  # name: (function, what it does, its subject, its flags)
     "quality": (
         report_quality,
-        "measures how close images are to real ones: KID with its 95% interval, FD",
+        "measures how close images are to real ones: KID, FD, precision, recall, density, coverage; FID if asked",
         "run, model folder, or images as for --real (default: the newest run, or the default model)",
         QUALITY_FLAGS,
     ),

@@ -108,9 +108,9 @@ def real_images(folder: Path, model: sample.Model) -> data.Dataset:
     return monitor.unseen_synthetic(model.shape)
 
 
-def kernel_distance(features, model: sample.Model, how: tuple, count: int, real: data.Dataset) -> monitor.Quality:
+def kernel_distance(features, model: sample.Model, how: tuple, count: int, real: data.Dataset) -> monitor.Estimate:
     images = sample.draw_like(model, 0, count, real, ddpm.sampler_table(model.schedule, *how))
-    return monitor.quality(features, images, torch.from_numpy(real.images))
+    return monitor.quality(features, images, torch.from_numpy(real.images))["kid"]
 
 
 load_features = monitor.load_features

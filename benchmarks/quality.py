@@ -68,9 +68,19 @@ def measure(flags: list[str], seconds: float, images: int, seed: int, scratch: P
     taken = train(scratch / "run", flags, steps, steps)
     print(f"  sampling {images:,} images", flush=True)
     record = scratch / "quality.json"
-    run("monitor.py", "quality", str(scratch / "run"), "-n", str(images), "--seed", str(seed), "--json", str(record))
-    found = json.loads(record.read_text())
-    return {"steps": steps, "seconds": taken, **found["images"], "training_images": found["training_images"]}
+    written = ("--out", str(scratch / "quality.html"), "--json", str(record))
+    run("monitor.py", "quality", str(scratch / "run"), "-n", str(images), "--seed", str(seed), *written)
+    metrics = json.loads(record.read_text())["metrics"]
+    return {"steps": steps, "seconds": taken, **distances(metrics, "images")} | {
+        "training_images": distances(metrics, "training images")
+    }
+
+
+def distances(metrics: list[dict], which: str) -> dict:
+    """Returns KID with its interval, and FD if there is one, of a set in the JSON of monitor.py quality."""
+    found = {metric["measure"]: metric for metric in metrics if metric["of"] == which}
+    kid, fd = found["kid"], found.get("fd", {})
+    return {"kid": kid["value"], "kid_low": kid["low"], "kid_high": kid["high"], "fd": fd.get("value")}
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------

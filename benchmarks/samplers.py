@@ -59,8 +59,8 @@ def kernel_distances(model, count: int, real) -> list[str]:
             row = [sampler]
             for steps in KID_STEPS:
                 with progress.part(f"KID of {sampler}, {steps} steps", steps):
-                    quality = ours.kernel_distance(features, model, (sampler, steps, "trailing"), count, real)
-                row.append(f"{quality.kid:.4f} ± {quality.kid_high - quality.kid:.4f}")
+                    kid = ours.kernel_distance(features, model, (sampler, steps, "trailing"), count, real)
+                row.append(f"{kid.value:.4f} ± {kid.high - kid.value:.4f}")
             rows.append(row)
             progress.say(f"| {' | '.join(row)} |")
     return common.table(("sampler, trailing", *(f"{steps} steps" for steps in KID_STEPS)), rows)

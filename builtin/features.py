@@ -1,10 +1,11 @@
-"""How images are compared: features of a pinned network, their distances, and simple statistics of pixels.
+"""How images are compared: features of a pinned network, and simple statistics of pixels.
 
 None of them may change, or measurements of different versions could not be compared. `builtin/train_features.py` made
 `features.safetensors`.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,54 +63,9 @@ def load_features() -> Features:
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def features_of(network: Features, images: Tensor) -> Tensor:
-    """Returns the features of uint8 (N, C, H, W) images: float64 (N, 128)."""
-    return torch.cat([network(part) for part in images.split(64)]).double()
-
-
-def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Returns the kernel distance of two sets of features (N, d) and (M, d), and its standard error.
-
-    The unbiased estimate of MMD^2 with the kernel (x.y/d + 1)^3 (Binkowski et al. 2018, section 4), from all pairs
-    rather than subsets; it can be below 0 for sets from one distribution. The standard error is the jackknife's, which
-    leaves out each image of either set in turn (Arvesen 1969). It covers the choice of images, not that of a training
-    seed, and is a third too large for sets from one distribution. Raises ValueError for fewer than 3 images.
-    """
-    m, n = len(x), len(y)
-    if min(m, n) < 3:
-        raise ValueError(f"a kernel distance needs at least 3 images on each side, not {m} and {n}")
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def row_sums(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([kernel(part, b).sum(1) for part in a.split(1024)])
-
-    def row_sums_within(a: Tensor) -> Tensor:  # without the kernel of an image and itself
-        itself = ((a * a).sum(1) / a.shape[1] + 1) ** 3
-        return row_sums(a, a) - itself
-
-    xx, yy = row_sums_within(x), row_sums_within(y)
-    xy, yx = row_sums(x, y), row_sums(y, x)
-    within_x, within_y, between = xx.sum(), yy.sum(), xy.sum()
-    value = within_x / (m * (m - 1)) + within_y / (n * (n - 1)) - 2 * between / (m * n)
-    without_x = (within_x - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (between - xy) / ((m - 1) * n)
-    without_y = (within_y - 2 * yy) / ((n - 1) * (n - 2)) - 2 * (between - yx) / (m * (n - 1))
-    variance = sum((len(part) - 1) * part.var(correction=0) for part in (without_x, without_y))
-    return float(value), float(variance.sqrt())
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Returns the Frechet distance of Gaussians fitted to two sets of features (N, d) (Heusel et al. 2017, eq. 6).
-
-    It is biased upwards by about 1/N, so compare it only between equal numbers of images, with N above d.
-    """
-    covariances = x.T.cov(), y.T.cov()
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    traces = sum(covariance.trace() for covariance in covariances)
-    return max(0.0, float((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * cross))
+def features_of(extract: Callable, images: Tensor) -> Tensor:
+    """Returns the features of uint8 (N, C, H, W) images: float64 (N, d), on the CPU. `extract` takes 64 at a time."""
+    return torch.cat([extract(part).cpu() for part in images.split(64)]).double()
 
 
 STATISTICS = (

@@ -1,9 +1,8 @@
-"""monitor.py against naive formulas, closed forms, and images whose order of quality is known."""
+"""monitor.py: images whose order of quality is known, and the command `quality`."""
 
 import dataclasses
 import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
@@ -17,106 +16,6 @@ import sample
 from builtin import features, train_features
 from tests.conftest import status_of
 from tests.test_sample import make_model
-
-
-def normal(n, d, seed, mean=0.0, std=1.0):
-    return mean + std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def naive_kid(x, y):
-    """MMD^2 as the definition has it: three sums over pairs of different images."""
-    d = x.shape[1]
-
-    def mean(a, b, same):
-        values = [
-            (float(p @ q) / d + 1) ** 3 for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)
-        ]
-        return sum(values) / len(values)
-
-    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
-
-
-def test_kid_is_its_definition():
-    x, y = normal(12, 5, 0), normal(9, 5, 1, 0.3)
-    value, error = monitor.kid(x, y)
-    assert value == pytest.approx(naive_kid(x, y), rel=1e-12)
-    without_x = [naive_kid(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(12)]
-    without_y = [naive_kid(x, torch.cat([y[:i], y[i + 1 :]])) for i in range(9)]
-    jackknife = sum((len(v) - 1) / len(v) * sum((u - np.mean(v)) ** 2 for u in v) for v in (without_x, without_y))
-    assert error == pytest.approx(math.sqrt(jackknife), rel=1e-9)
-
-
-def test_kid_does_not_depend_on_how_pairs_are_cut_into_parts():
-    x, y = normal(2100, 3, 0), normal(1030, 3, 1)
-    d, n, m = 3, 2100, 1030
-    k = [(a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
-    whole = (k[0].sum() - k[0].trace()) / (n * (n - 1)) + (k[1].sum() - k[1].trace()) / (m * (m - 1)) - 2 * k[2].mean()
-    assert monitor.kid(x, y)[0] == pytest.approx(float(whole), rel=1e-9)
-
-
-def test_kid_is_unbiased_and_its_interval_covers_the_truth():
-    """For x ~ N(mean, 1) in one dimension, E (xy + 1)^3 follows from moments."""
-    mean, n = 0.5, 400
-    mx, my = (mean, 1 + mean**2, mean**3 + 3 * mean), (0.0, 1.0, 0.0)  # first three moments
-
-    def expected(a, b):
-        return a[2] * b[2] + 3 * a[1] * b[1] + 3 * a[0] * b[0] + 1
-
-    truth = expected(mx, mx) + expected(my, my) - 2 * expected(mx, my)
-    found = [monitor.kid(normal(n, 1, 2 * s, mean), normal(n, 1, 2 * s + 1)) for s in range(300)]
-    values = torch.tensor([value for value, _ in found])
-    assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(300)
-    covered = sum(abs(value - truth) < 1.96 * error for value, error in found) / 300
-    assert 0.9 < covered < 0.99
-    same = torch.tensor([monitor.kid(normal(80, 4, 2 * s), normal(80, 4, 2 * s + 1))[0] for s in range(200)])
-    assert abs(same.mean()) < 4 * same.std() / math.sqrt(200) and same.min() < 0 < same.max()
-
-
-def test_kid_needs_images():
-    with pytest.raises(ValueError, match="at least 3"):
-        monitor.kid(normal(2, 4, 0), normal(5, 4, 1))
-
-
-def with_moments(n, mean, covariance, seed):
-    """Samples whose mean and covariance are exactly these."""
-    x = normal(n, len(mean), seed)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
-    return x @ torch.linalg.cholesky(covariance).T + mean
-
-
-def test_frechet_distance_of_known_gaussians():
-    zero = torch.zeros(4, dtype=torch.float64)
-    a, b = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([4.0, 3, 2, 1]).double()
-    x, y = with_moments(50, zero, a.diag(), 0), with_moments(70, zero + 2, b.diag(), 1)
-    closed = 16 + float((a.sqrt() - b.sqrt()).square().sum())  # commuting covariances
-    assert monitor.frechet_distance(x, y) == pytest.approx(closed, rel=1e-9)
-    assert monitor.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_distance_of_any_gaussians():
-    x, y = normal(200, 6, 0) @ normal(6, 6, 1), normal(100, 6, 2) @ normal(6, 6, 3)
-    product = (x.T.cov() @ y.T.cov()).numpy()
-    cross = np.sqrt(np.abs(np.linalg.eigvals(product))).sum()
-    expected = float((x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace()) - 2 * cross
-    assert monitor.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
-    assert monitor.frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_distance_of_flat_gaussians():
-    """Covariances of ranks 3 and 5 in 12 dimensions, whose other eigenvalues are 0 but for rounding."""
-    turn = torch.linalg.qr(normal(12, 12, 0)).Q
-    zero, one = torch.zeros(12, dtype=torch.float64), torch.eye(12, dtype=torch.float64)
-    roots = [torch.tensor([1.0, 2, 3] + [0] * 9).double(), torch.tensor([2.0, 2, 0, 1, 4] + [0] * 7).double()]
-    x, y = (with_moments(40, zero, one, seed) * root @ turn.T + seed for seed, root in enumerate(roots))
-    expected = 12 + float((roots[0] - roots[1]).square().sum())
-    assert monitor.frechet_distance(x, y) == pytest.approx(expected, abs=1e-5)
-    assert monitor.frechet_distance(y, x) == pytest.approx(expected, abs=1e-5)
-    few = normal(4, 12, 2)
-    assert monitor.frechet_distance(few, few + 1) == pytest.approx(12, abs=1e-5)
-
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
@@ -172,9 +71,8 @@ def test_other_images_are_taken_at_random():
 
 def test_frechet_distance_needs_more_images_than_features(network, synthetic):
     images, real = synthetic
-    few = monitor.quality(network, images, real[:128])
-    assert few.fd is None and "FD -" in str(few)
-    assert monitor.quality(network, images, real[:129]).fd > 0
+    assert "fd" not in monitor.quality(network, images, real[:128])
+    assert monitor.quality(network, images, real[:129])["fd"].value > 0
 
 
 def test_features_are_the_pinned_ones(tmp_path, monkeypatch):
@@ -250,60 +148,75 @@ def test_quality_ranks_damage_with_intervals_apart(network, synthetic, how, amou
     images, real = synthetic
     rows = [monitor.quality(network, images, real)]
     rows += [monitor.quality(network, damaged(images, how, amount), real) for amount in amounts]
-    assert rows[0].kid_low <= 0 <= rows[0].kid_high  # unseen real ones cannot be told from real ones
+    assert rows[0]["kid"].low <= 0 <= rows[0]["kid"].high  # unseen real ones cannot be told from real ones
     for better, worse in zip(rows, rows[1:], strict=False):
-        assert better.kid_high < worse.kid_low and better.fd < worse.fd
+        assert better["kid"].high < worse["kid"].low and better["fd"].value < worse["fd"].value
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def quality_of(tmp_path, *arguments) -> dict:
+def quality_of(tmp_path, *arguments) -> tuple[dict, dict]:
+    """Returns the facts of a report, and its metrics by set and measure."""
     out = tmp_path / "quality.json"
-    assert monitor.main(["quality", *map(str, arguments), "--json", str(out)]) == 0
-    return json.loads(out.read_text())
+    where = ["--out", str(tmp_path / "quality.html"), "--json", str(out)]
+    assert monitor.main(["quality", *map(str, arguments), *where]) == 0
+    document = json.loads(out.read_text())
+    return document["facts"], {(metric["of"], metric["measure"]): metric for metric in document["metrics"]}
 
 
 def test_images_against_images(tmp_path, capsys):
-    found = quality_of(
+    facts, found = quality_of(
         tmp_path, "synthetic:60:1", "--real", "synthetic:200:2", "--train", "synthetic:60:1", "--size", 32, "-n", 40
     )
-    assert (found["images"]["images"], found["images"]["real"]) == (30, 100)
+    assert {(metric["n"], metric["real_n"]) for metric in found.values()} == {(30, 100)}
+    assert len(found) == 2 * 5  # too few images for FD
+    for measure in ("kid", "precision", "recall", "density", "coverage"):
+        ours, theirs = (found[which, measure] for which in ("images", "training images"))
+        assert ours | {"of": "training images"} == theirs  # they are the same images
+        assert ours["low"] < ours["value"] < ours["high"]
     shown = capsys.readouterr().out
-    assert "synthetic:60:1 against 100 images of synthetic:200:2" in shown and "N 30" in shown
+    assert "synthetic:60:1 against 100 images of synthetic:200:2" in shown
+    kid = found["images", "kid"]
+    assert f"KID           images           {kid['value']:.4f}" in shown
+    assert facts["training images"] == "synthetic:60:1" and facts["source"] == "synthetic:60:1"
+    page = (tmp_path / "quality.html").read_text()
+    document = json.loads(page.split('id="document">')[1].split("</script>")[0])
+    assert document["metrics"][0]["value"] == kid["value"] and document["tables"][0]["rows"]
+    assert [len(part["items"]) for part in document["pictures"]] == [15, 15, 15]
 
 
 def test_a_run_knows_its_data(trained, tmp_path, shapes):
-    found = quality_of(tmp_path, trained, "-n", 8)
-    assert found["images"]["real"] < 20 and found["real"]["source"] == str(shapes)
-    assert found["training"]["fingerprint"] == found["real"]["fingerprint"]
-    assert found["made_by"]["model"] and found["training_images"]["kid"] < found["images"]["kid"]
-    again = quality_of(tmp_path, trained, "-n", 8)
-    assert again == found
-    assert quality_of(tmp_path, trained, "-n", 8, "--seed", 50)["images"] != found["images"]
+    facts, found = quality_of(tmp_path, trained, "-n", 8)
+    kid = found["images", "kid"]
+    assert kid["real_n"] < 20 and facts["real images"] == str(shapes)
+    assert facts["training fingerprint"] == facts["real fingerprint"]
+    assert facts["model"] and found["training images", "kid"]["value"] < kid["value"]
+    assert quality_of(tmp_path, trained, "-n", 8)[1] == found
+    assert quality_of(tmp_path, trained, "-n", 8, "--seed", 50)[1]["images", "kid"] != kid
 
 
 def test_a_run_on_synthetic_butterflies_is_compared_with_fresh_ones(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "UNSEEN", "synthetic:60:9")
     assert fit(tmp_path / "run", "--classes", data="synthetic:30", steps=2) == 0
-    found = quality_of(tmp_path, tmp_path / "run", "-n", 6)
-    assert (found["real"]["source"], found["training"]["source"]) == ("synthetic:60:9", "synthetic:30")
-    assert found["images"]["real"] == 30
+    facts, found = quality_of(tmp_path, tmp_path / "run", "-n", 6)
+    assert (facts["real images"], facts["training images"]) == ("synthetic:60:9", "synthetic:30")
+    assert found["images", "kid"]["real_n"] == 30
 
 
 def test_a_model_folder_needs_real_images(tmp_path, capsys):
     folder = make_model(tmp_path / "m", num_class_embeds=4, class_names=("ant", "bee", "cat"))
     assert monitor.main(["quality", str(folder)]) == 2
     assert "--real" in capsys.readouterr().err
-    found = quality_of(tmp_path, folder, "--real", "synthetic:20", "-n", 6)
-    assert found["training"] is None
+    facts, found = quality_of(tmp_path, folder, "--real", "synthetic:20", "-n", 6)
+    assert "training images" not in facts and {which for which, _ in found} == {"images"}
 
 
 def test_the_model_in_the_box_is_compared_with_fresh_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(monitor, "UNSEEN", "synthetic:60:9")
     monkeypatch.setattr(monitor.sample, "DEFAULT_MODEL", make_model(tmp_path / "box"))
-    assert quality_of(tmp_path, "-n", 6)["real"]["source"] == "synthetic:60:9"
+    assert quality_of(tmp_path, "-n", 6)[0]["real images"] == "synthetic:60:9"
 
 
 def test_classes_are_drawn_as_often_as_real_ones_have_them(tmp_path, monkeypatch):
@@ -367,4 +280,4 @@ def test_pictures_of_any_size_are_read(tmp_path):
     folder.mkdir()
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40 + i, 50, 3), np.uint8)).save(folder / f"{i}.png")
-    assert quality_of(tmp_path, folder, "--real", "synthetic:60")["images"]["images"] == 6
+    assert quality_of(tmp_path, folder, "--real", "synthetic:60")[1]["images", "kid"]["n"] == 6

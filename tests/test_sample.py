@@ -1030,8 +1030,8 @@ def test_the_default_model_draws_butterflies():
     real = monitor.random_subset(monitor.read_images("synthetic:620:5", (3, 64, 64)), 300).images
     real = torch.from_numpy(real)
     blurred = data.to_uint8(torch.nn.functional.avg_pool2d(data.to_float(real), 5, 1, 2, count_include_pad=False))
-    ours, worse = (monitor.quality(features, images, real) for images in (drawn, blurred))
-    assert ours.kid_high < worse.kid_low and ours.kid_low < 0 < ours.kid_high
+    ours, worse = (monitor.quality(features, images, real)["kid"] for images in (drawn, blurred))
+    assert ours.high < worse.low and ours.low < 0 < ours.high
     model, peer = sample.load(sample.DEFAULT_MODEL), UNet2DModel.from_pretrained(sample.DEFAULT_MODEL / "unet")
     x, t, label = torch.randn(2, 3, 64, 64), torch.tensor([900, 20]), torch.tensor([3, 15])
     with torch.no_grad():
