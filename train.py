@@ -35,8 +35,10 @@ from tqdm import tqdm
 
 import data
 import ddpm
+import monitor
 import sample
 import unet
+from builtin.features import load_features
 from builtin.muon import Muon
 from builtin.profile import profile
 from builtin.run_folder import (
@@ -63,6 +65,8 @@ def step_numbers(text: str) -> list[int]:
     """Parses comma-separated steps: a type for argparse."""
     return [whole(0, 10**9)(part.strip()) for part in text.split(",") if part.strip()]
 
+
+QUALITY_IMAGES = 256
 
 # All settings of a run. A preset replaces some of the defaults. Flags and config.json use the same names.
 SETTINGS = {
@@ -117,6 +121,8 @@ SETTINGS = {
     "logging": [
         Flag("--log-every", 20, whole(1), "steps between lines of metrics.jsonl"),
         Flag("--eval-every", 500, whole(1), "steps between held-out losses"),
+        Flag("--quality-every", None, whole(0, 10**9), f"steps between measurements of quality and memorisation, on "
+             f"{QUALITY_IMAGES} images; 0: none (default: so many that they take about 5% of the time)"),
         Flag("--preview-every", 500, whole(1), "steps between grids of samples"),
         Flag("--save-every", 500, whole(1), "steps between checkpoints"),
         Flag("--keep", 2, whole(1, 1000), "checkpoints to keep"),
@@ -145,7 +151,8 @@ PRESETS = {
 }  # fmt: skip
 DEVICE_PRESETS = {"cuda": "base", "mps": "small", "cpu": "nano"}
 # May change when a run is resumed. Only rounding depends on the number of micro-batches.
-RESUMABLE = {"steps", "epochs", "data", "device", "save_every", "keep", "accumulate", "skip_batches"}
+RESUMABLE = {"steps", "epochs", "data", "device", "quality_every", "save_every", "keep"}
+RESUMABLE |= {"accumulate", "skip_batches"}
 # Settings taken from the model of --init; their flags are refused together with --init.
 FROM_MODEL = {flag.dest for flag in SETTINGS["network"] if flag.dest not in ("dropout", "init")}
 FROM_MODEL |= {"image_channels", "classes", "prediction", "noise_schedule", "zero_snr", "timesteps"}
@@ -234,6 +241,10 @@ def resolve_defaults(settings: dict, device: torch.device) -> None:
         settings["precision"] = "bf16" if sample.has_bf16(device) else other
     if settings["compile"] is None:
         settings["compile"] = device.type == "cuda"
+    if settings["quality_every"] is None:  # an image takes ten forward passes, training on one as long as three
+        steps = QUALITY_IMAGES * 10 / 3 / settings["batch_size"] / 0.05
+        previews = math.ceil(steps / settings["preview_every"])
+        settings["quality_every"] = previews * settings["preview_every"]
 
 
 def check_settings(settings: dict, given: dict) -> None:
@@ -774,6 +785,8 @@ class Run:
     table: Tensor  # ddpm.training_table
     batches: Batches
     held_out: HeldOut
+    dataset: data.Dataset
+    rows: tuple  # of the dataset: training, held out
     autocast: Callable
     folder_status: os.stat_result | None
 
@@ -789,12 +802,30 @@ class Run:
             self.state.best = held_out_loss
             self.save_model("best")
 
+    def model(self) -> sample.Model:
+        return sample.Model(self.state.ema, self.schedule, self.folder, "", self.processes.device)
+
     def draw_preview(self) -> Path:
         """Writes a grid of samples. Returns its path."""
         path = self.folder / f"samples/{self.state.step:08d}.png"
-        model = sample.Model(self.state.ema, self.schedule, self.folder, "", self.processes.device)
-        data.write_png(path, preview(model, self.autocast), {"step": str(self.state.step)})
+        data.write_png(path, preview(self.model(), self.autocast), {"step": str(self.state.step)})
         return path
+
+    def measure_quality(self) -> str:
+        """Compares samples with held-out images, and looks for copies of training images. Returns a sentence."""
+        begin = time.perf_counter()
+        training, held_out = (monitor.choose(self.dataset, rows) for rows in self.rows)
+        with self.autocast():
+            images = sample.draw_like(self.model(), 0, QUALITY_IMAGES, held_out)
+        pixels = [torch.from_numpy(part.images) for part in (training, held_out)]
+        found, copies = monitor.quality(load_features(), images, pixels[1]), monitor.memorised(images, *pixels)
+        kid, seconds = found["kid"], time.perf_counter() - begin
+        line = {"step": self.state.step, **{name: estimate.value for name, estimate in found.items()}}
+        line |= {"kid_low": kid.low, "kid_high": kid.high, "near_copies": copies.share}
+        line |= {"near_copies_null": copies.null_share, "memorised_p": copies.p, "quality_seconds": seconds}
+        append_metrics(self.folder, line)
+        text = f"KID {kid.value:.4f} ({kid.low:.4f} to {kid.high:.4f}), near-copies {copies.share:.1%}"
+        return f"{text} (others {copies.null_share:.1%}), measured in {seconds:.0f} s"
 
     def save_model(self, name: str) -> None:
         sample.save_model(self.folder / name, self.state.ema, self.schedule)
@@ -866,6 +897,8 @@ def begin_run(args: argparse.Namespace, given: dict, folder: Path | None) -> Run
         table,
         batches=Batches(dataset, rows, settings, null, cdf, device, processes.rank, processes.world),
         held_out=HeldOut(dataset, held_rows, settings, cdf, device),
+        dataset=dataset,
+        rows=(rows, held_rows),
         autocast=partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32),
         folder_status=folder and folder.stat(),
     )
@@ -991,6 +1024,9 @@ def train(run: Run) -> int:
         due = {
             name for name in ("log", "eval", "preview", "save") if last or state.step % settings[f"{name}_every"] == 0
         }
+        every = settings["quality_every"]
+        if every and state.step % every == 0 and len(run.rows[1]) >= 3:
+            due.add("quality")
         stopped_by = processes.agree(stop.signal)
         if not due and not stopped_by:
             continue
@@ -1005,6 +1041,8 @@ def train(run: Run) -> int:
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
         if processes.lead and "eval" in due:
             run.evaluate()
+        if processes.lead and "quality" in due:
+            bar.write(f"step {state.step}: {run.measure_quality()}")
         if processes.lead and "preview" in due:
             bar.write(f"step {state.step}: look at {run.draw_preview()}")
         if processes.lead and ("save" in due or stopped_by):

@@ -130,7 +130,10 @@ def cost(run: RunRecord) -> dict:
     facts = {"parameters": f"{run.config['parameters']:,}"} if "parameters" in run.config else {}
     if "gflop_per_image" in run.config:  # a backward pass takes twice the operations of a forward pass
         facts["training operations"] = f"{3e9 * run.config['gflop_per_image'] * images:.3g} FLOP"
-    return facts | {"images seen": f"{images:,}", "training time": duration(run.seconds())}
+    facts |= {"images seen": f"{images:,}", "time": duration(run.seconds())}
+    if measured := sum(seconds for _, seconds in run.points("quality_seconds")):
+        facts["time for quality"] = f"{duration(measured)}, {measured / run.seconds():.1%} of the time"
+    return facts
 
 
 def as_cell(value) -> str:
@@ -168,12 +171,14 @@ def report_run(folder: Path, state: str) -> None:
 
 def quality_table(run: RunRecord) -> dict:
     """Returns the measured quality, newest first."""
-    names = ("kid", "fd", "precision", "recall", "density", "coverage", "near_copies")
+    names = {"kid": "KID", "fd": "FD"} | {name: name for name in ("precision", "recall", "density", "coverage")}
+    names |= {"near_copies": "near-copies", "near_copies_null": "near-copies of others"}
     rows = []
     for line in reversed(run.metrics):
         if "kid" in line:
             rows.append([line["step"], *(f"{line[name]:.4g}" if name in line else "-" for name in names)])
-    return {"title": "Quality against held-out images", "columns": ["step", *names], "rows": rows[:20]}
+    title = "Quality of 256 samples against held-out images; share of near-copies of training images, and among others"
+    return {"title": title, "columns": ["step", *names.values()], "rows": rows[:20]}
 
 
 # ---- several runs ----------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from PIL import Image
 
 import data
 import monitor
+import sample
 import train
-from builtin import profile, run_report
+from builtin import features, profile, run_report
 from tests.conftest import OFTEN, TINY
-from tests.test_train import error_of, metrics
+from tests.test_train import error_of, metrics, stop_at
 
 
 def document_of(page) -> dict:
@@ -81,6 +84,45 @@ def test_report_while_it_trains(tmp_path, monkeypatch, fit):
     assert fit(tmp_path / "run") == 0
     assert [state[:3] for state in states] == [("running", True, 1), ("finished", False, 2)]
     assert states[0][3] == "Running: step 8 of 1"
+
+
+def test_quality_is_measured_at_an_interval_and_shown(tmp_path, monkeypatch, capsys, fit, shapes):
+    """The same numbers as monitor.py's functions give for the same images; a resumed run has the same."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(train, "QUALITY_IMAGES", 20)
+    assert fit(run, "--quality-every", "8", "--eval-every", "3", steps=16) == 0
+    lines = [line for line in metrics(run) if "kid" in line]
+    assert [line["step"] for line in lines] == [8, 16]
+    dataset = data.prepare(str(shapes), 16, progress=False)
+    training, held_out = (monitor.choose(dataset, rows) for rows in data.split(dataset))
+    images = sample.draw_like(sample.load(run), 0, 20, held_out)
+    pixels = [torch.from_numpy(part.images) for part in (training, held_out)]
+    found = monitor.quality(features.load_features(), images, pixels[1])
+    assert lines[1]["kid"] == pytest.approx(found["kid"].value, rel=1e-3)
+    assert lines[1]["kid_low"] < lines[1]["kid"] < lines[1]["kid_high"]
+    copies = monitor.memorised(images, *pixels)
+    assert (lines[1]["near_copies"], lines[1]["near_copies_null"]) == (copies.share, copies.null_share)
+    document = document_of(run / "report.html")
+    assert lines_of(document)["KID against held-out images"]["KID"] == [[line["step"], line["kid"]] for line in lines]
+    assert document["tables"][0]["rows"][0][:2] == [16, f"{lines[1]['kid']:.4g}"]
+    assert re.fullmatch(r"\d:\d\d:\d\d, [\d.]+% of the time", document["facts"]["time for quality"])
+    assert f"- kid: {lines[1]['kid']:.4g} (step 16)" in (run / "model/README.md").read_text()
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert fit(again, "--quality-every", "8", "--eval-every", "3", steps=16) == 130
+    assert train.main(["--resume", str(again)]) == 0 and metrics(again) == metrics(run)
+    assert "step 16: KID " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size, every", [(16, 1500), (64, 500), (8, 2500)])
+def test_quality_takes_a_twentieth_of_the_time_by_default(batch_size, every):
+    """256 images of 10 predictions, against 3 passes for each image that is trained on, in whole previews."""
+    settings = train.DEFAULTS | {"batch_size": batch_size}
+    train.resolve_defaults(settings, torch.device("cpu"))
+    assert settings["quality_every"] == every
+    assert 0.05 * every * batch_size * 3 >= 256 * 10
+    assert 0.05 * (every - 500) * batch_size * 3 < 256 * 10
 
 
 def test_logs_that_are_long_damaged_or_half_written(tmp_path, trained):

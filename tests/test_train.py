@@ -28,7 +28,7 @@ from tests.conftest import OFTEN, TINY, randomise, status_of
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
-CLOCK = {"time", "images_per_second"}  # the only fields that may differ between equal runs
+CLOCK = {"time", "images_per_second", "quality_seconds"}  # the only fields that may differ between equal runs
 
 
 def metrics(run: Path) -> list[dict]:
