@@ -49,8 +49,8 @@ from builtin.features import (
     statistics_of,
 )
 from builtin.inception import load_inception
-from builtin.quality import COLUMNS, Estimate, as_records, as_rows, as_text, measures
-from builtin.report import SCHEMA, write_report
+from builtin.quality import COLUMNS, Estimate, as_records, as_rows, measures
+from builtin.report import SCHEMA, text_table, write_report
 from builtin.run_report import compare_runs, read_run
 from builtin.served_images import ServedImages
 from builtin.telemetry import exposition, labelled
@@ -208,7 +208,7 @@ def report_quality(args: argparse.Namespace) -> None:
     metrics = compare_sets(args, sets, real_pixels)
     rows = as_rows(metrics)
     title = f"{made_by['source']} against {len(real_pixels):,} images of {real.source}"
-    print(title, as_text(rows), sep="\n")
+    print(title, text_table(COLUMNS, rows), sep="\n")
     document = {
         "title": title,
         "verdict": "KID {value:.4f} ({low:.4f} to {high:.4f}), N {n:,}".format(**metrics[0]),
@@ -922,10 +922,7 @@ def report_runs(args: argparse.Namespace) -> None:
         raise InputError(f"none of {', '.join(args.subject)} is a run; name folders that train.py wrote, like runs/*")
     document = compare_runs(runs, args.sort)
     (table,) = document["tables"]
-    widths = [max(len(str(row[i])) for row in (table["columns"], *table["rows"])) for i in range(len(table["columns"]))]
-    for row in (table["columns"], *table["rows"]):
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(document["verdict"])
+    print(text_table(table["columns"], table["rows"]), document["verdict"], sep="\n")
     write_report(args.out, document, args.json)
 
 

@@ -227,10 +227,3 @@ def as_rows(records: list[dict]) -> list[list[str]]:
         k = str(record["k"] or "")
         rows.append([record["features"], label, k, record["of"], value, f"{low} to {high}", f"{n:,}", f"{real:,}"])
     return rows
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """Returns rows as lines of text, under COLUMNS."""
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in (COLUMNS, *rows))
-    return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Reports: a JSON document, and the same as one HTML page."""
+"""Reports: a JSON document, the same as one HTML page, and tables as text."""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,3 +30,10 @@ def write_page(page: Path, document: dict) -> dict:
     html = REPORT.read_text(encoding="utf-8").replace("{{document}}", text)
     data.atomic_write(page, lambda file: file.write(html.encode()))
     return document
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Returns a table as lines of text."""
+    cells = [list(map(str, row)) for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
