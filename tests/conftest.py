@@ -21,7 +21,7 @@ OFTEN = ["--log-every", "3", "--eval-every", "4", "--preview-every", "8", "--sav
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", action="store_true", help="also run tests of many minutes: 20,000 requests, FID at full size")
+    parser.addoption("--soak", action="store_true", help="also run tests that take minutes to an hour")
 
 
 @pytest.hookimpl(optionalhook=True)
