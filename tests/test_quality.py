@@ -139,7 +139,7 @@ def test_frechet_distance_equals_that_of_pytorch_fid(dims, n):
 
 
 def test_the_interval_of_the_frechet_distance_is_that_of_the_jackknife():
-    x, y = normal(150, 3, 0) @ normal(3, 3, 1), normal(100, 3, 2)
+    x, y = normal(150, 3, 0) @ normal(3, 3, 1) + 1, normal(100, 3, 2)
     value, low, high = quality.frechet_distance(x, y)
 
     def jackknife(values):
@@ -149,6 +149,7 @@ def test_the_interval_of_the_frechet_distance_is_that_of_the_jackknife():
     variance += jackknife([quality.frechet_distance(x, torch.cat([y[:i], y[i + 1 :]])).value for i in range(100)])
     assert (high - value) == pytest.approx(1.96 * math.sqrt(variance), rel=0.05)
     assert low == pytest.approx(2 * value - high)
+    assert quality.frechet_distance(y, x) == pytest.approx((value, low, high))
 
 
 # ---- neighbours ------------------------------------------------------------------------------------------------------
