@@ -146,6 +146,8 @@ def report_run(folder: Path, state: str) -> None:
     run = read_run(folder)
     total, best = run.settings["steps"], run.lowest("held_out_loss")
     verdict = f"{state.capitalize()}: step {run.step:,} of {total:,}."
+    if state == "running":  # the page of a killed run stays as it is
+        verdict = f"Running at {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: step {run.step:,} of {total:,}."
     if best:
         verdict += f" Lowest held-out loss {best[0]:.4f}, at step {best[1]:,}."
     kept = run.config.get("data", {})

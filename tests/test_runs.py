@@ -78,12 +78,12 @@ def test_report_while_it_trains(tmp_path, monkeypatch, fit):
     def recording(folder, state):
         report(folder, state)
         document = document_of(folder / "report.html")
-        states.append((state, document["reload"] > 0, len(document["film"]["items"]), document["verdict"][:20]))
+        states.append((state, document["reload"] > 0, len(document["film"]["items"]), document["verdict"]))
 
     monkeypatch.setattr(train, "report_run", recording)
     assert fit(tmp_path / "run") == 0
     assert [state[:3] for state in states] == [("running", True, 1), ("finished", False, 2)]
-    assert states[0][3] == "Running: step 8 of 1"
+    assert re.match(r"Running at 20\d\d-\d\d-\d\d \d\d:\d\d UTC: step 8 of 12\. Lowest held-out loss", states[0][3])
 
 
 def test_quality_is_measured_at_an_interval_and_shown(tmp_path, monkeypatch, capsys, fit, shapes):
