@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
