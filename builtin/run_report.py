@@ -108,7 +108,7 @@ def curves(run: RunRecord) -> list[dict]:
 
 def film(run: RunRecord) -> dict:
     """Returns the grids of samples through time, at most FRAMES of them, as JPEG images."""
-    files = sorted((run.folder / "samples").glob("[0-9]*.png"))
+    files = sorted(file for file in (run.folder / "samples").glob("*.png") if file.stem.isdecimal())
     count = min(FRAMES, len(files))
     chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
     items = []

@@ -57,7 +57,7 @@ def test_report_shows_what_was_logged(trained):
     assert dict(map(tuple, table["rows"]))["batch_size"] == "8" and len(table["rows"]) == len(train.DEFAULTS)
     assert [item["caption"] for item in document["film"]["items"]] == ["step 8", "step 12"]
     shown = Image.open(io.BytesIO(base64.b64decode(document["film"]["items"][1]["source"].partition(",")[2])))
-    assert shown.size == Image.open(trained / "samples/00000012.png").size
+    assert shown.size == data.picture_size(trained / "samples/00000012.png")
 
 
 def test_the_noise_levels_are_in_order(trained):
