@@ -161,6 +161,7 @@ def png_facts(path: Path) -> dict:
     """Returns the text chunks of a PNG file with its size as "width" and "height", or {} if it cannot be read."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # raises if the file was cut off
             return {**image.info, "width": image.width, "height": image.height}
     except Exception:  # decoders raise nearly anything for a damaged file
         return {}
@@ -295,6 +296,8 @@ def atomic_write(path: Path | str, write: Callable) -> None:
     with disk_errors(f"write {path}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not (path.is_file() or path.is_dir()):  # as root, a device would be replaced
+                raise OSError(errno.EINVAL, "it is a device or a pipe")
             # Not tempfile: its files are readable by their owner only, and model folders are shared.
             with open(temporary, "xb") as file:
                 write(file)

@@ -914,10 +914,12 @@ def write_textfile(file: Path, numbers: dict) -> None:
 def report_runs(args: argparse.Namespace) -> None:
     """Compares runs: what differs between their settings, and which is the best."""
     folders = [Path(name) for name in args.subject]
-    runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
+    runs = []
     for folder in folders:
-        if not (folder / "config.json").exists():
-            print(f"skipped {folder}: it has no config.json of a run", file=sys.stderr)
+        try:
+            runs.append(read_run(folder))
+        except InputError as error:
+            print(f"skipped {folder}: {error}", file=sys.stderr)
     if not runs:
         raise InputError(f"none of {', '.join(args.subject)} is a run; name folders that train.py wrote, like runs/*")
     document = compare_runs(runs, args.sort)

@@ -817,7 +817,7 @@ def run(args: argparse.Namespace) -> None:
 
     facts = request.facts(model, steps)
     if args.walk:
-        facts = {"walk": " ".join(map(str, args.walk)), **facts}
+        facts = {"walk": " ".join(map(str, args.walk)), "frames": args.n, **facts}
         del facts["seed"]
     if args.picture:
         facts |= {"from": args.picture, "strength": strength}

@@ -67,6 +67,7 @@ def step_numbers(text: str) -> list[int]:
 
 
 QUALITY_IMAGES = 256
+SEARCHED = 4096  # training images among which copies are looked for during training
 
 # All settings of a run. A preset replaces some of the defaults. Flags and config.json use the same names.
 SETTINGS = {
@@ -122,7 +123,7 @@ SETTINGS = {
         Flag("--log-every", 20, whole(1), "steps between lines of metrics.jsonl"),
         Flag("--eval-every", 500, whole(1), "steps between held-out losses"),
         Flag("--quality-every", None, whole(0, 10**9), f"steps between measurements of quality and memorisation, on "
-             f"{QUALITY_IMAGES} images; 0: none (default: so many that they take about 5% of the time)"),
+             f"{QUALITY_IMAGES} images; 0: none (default: so that drawing these takes about 5% of the time)"),
         Flag("--preview-every", 500, whole(1), "steps between grids of samples"),
         Flag("--save-every", 500, whole(1), "steps between checkpoints"),
         Flag("--keep", 2, whole(1, 1000), "checkpoints to keep"),
@@ -512,23 +513,22 @@ class State:
         """Returns the means since the last call, and starts new ones."""
         loss, norm, count, overflows = self.sums.tolist()
         self.sums.zero_()
+        means = {"loss": loss / count, "grad_norm": norm / count} if count else {}  # all skipped: no means
         return {
             "step": self.step,
             "images": self.step * settings["batch_size"],
             "lr": learning_rate(settings, self.step - 1),
-            "loss": loss / max(count, 1),
-            "grad_norm": norm / max(count, 1),
+            **means,
             "overflows": int(overflows),
         }
 
-    def raise_if_diverged(self, batches: Batches, settings: dict) -> None:
+    def raise_if_diverged(self, batches: Batches) -> None:
         """Waits for the device. Raises Diverged, before anything is written, if a step was not finite."""
         bad = int(self.first_bad)
         if bad >= 0:
-            skipped = ",".join(map(str, [*settings["skip_batches"], bad]))
             raise Diverged(
                 f"the loss or a gradient was not finite at step {bad}, on images {batches.indices(bad).tolist()} "
-                f"of the dataset; saved files are kept; resume with --skip-batches {skipped} to skip this batch, or "
+                f"of the dataset; saved files are kept; resume with --skip-batches {bad} to skip this batch, or "
                 "start a new run with a lower --lr or --precision fp32"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
@@ -611,7 +611,8 @@ class Output:
     """Passes text on to a stream. When that fails, the rest is dropped: a full disk or closed pipe ends no training."""
 
     def __init__(self, stream):
-        self.stream = stream
+        # Python has no stream for a closed descriptor.
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -668,6 +669,11 @@ def begin_resumed(args: argparse.Namespace, given: dict) -> tuple[dict, dict]:
         raise InputError(
             f"{file} has changed since {args.resume} began; undo the edit, or start a new run with --config"
         )
+    skipped, step = record["settings"]["skip_batches"], checkpoint["step"]
+    late = [bad for bad in given.get("skip_batches", []) if bad < step and bad not in skipped]
+    if late:
+        raise InputError(f"--skip-batches {late[0]}: this run has made step {late[0]} already; it is at step {step}")
+    given["skip_batches"] = sorted({*skipped, *given.get("skip_batches", [])})
     record["settings"] |= given
     if "steps" in given:
         record["settings"]["epochs"] = None
@@ -814,7 +820,8 @@ class Run:
     def measure_quality(self) -> str:
         """Compares samples with held-out images, and looks for copies of training images. Returns a sentence."""
         begin = time.perf_counter()
-        training, held_out = (monitor.choose(self.dataset, rows) for rows in self.rows)
+        some = self.rows[0][:: math.ceil(len(self.rows[0]) / SEARCHED)]
+        training, held_out = (monitor.choose(self.dataset, rows) for rows in (some, self.rows[1]))
         with self.autocast():
             images = sample.draw_like(self.model(), 0, QUALITY_IMAGES, held_out)
         pixels = [torch.from_numpy(part.images) for part in (training, held_out)]
@@ -829,8 +836,15 @@ class Run:
 
     def save_model(self, name: str) -> None:
         sample.save_model(self.folder / name, self.state.ema, self.schedule)
-        card = model_card(self.folder).encode()
+        card = model_card(self.folder, self.state.step).encode()
         data.atomic_write(self.folder / name / "README.md", lambda file: file.write(card))
+
+    def report(self, status: str, error: str = "") -> None:
+        """Writes report.html. A failure is printed and does not end the training."""
+        try:
+            report_run(self.folder, self.state.step, status, error)
+        except Exception as failure:
+            print(f"{self.folder / 'report.html'} could not be written: {data.reason(failure)}", file=sys.stderr)
 
     def skip_batch(self) -> None:
         """Goes to the next step with the same weights, and logs it."""
@@ -841,7 +855,7 @@ class Run:
 
     def require_folder(self) -> None:
         """Raises InputError if the run folder was deleted or replaced since the run began."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if os.path.samestat(self.folder_status, self.folder.stat()):
                 return
         raise InputError(f"{self.folder} was deleted or replaced during the run, so that no more can be saved in it")
@@ -882,6 +896,8 @@ def begin_run(args: argparse.Namespace, given: dict, folder: Path | None) -> Run
     if checkpoint:
         state.load_state_dict(checkpoint)
     processes.require_same(state.step)
+    if max(given.get("skip_batches") or [0]) >= settings["steps"]:
+        raise InputError(f"--skip-batches {max(given['skip_batches'])}: this run has only {settings['steps']} steps")
     if state.step >= settings["steps"]:
         raise InputError(f"this run has finished its {state.step} steps; give a larger number with --steps")
     with data.bad_input("--density-mean and --density-std"):
@@ -1032,13 +1048,13 @@ def train(run: Run) -> int:
             continue
         if processes.lead:
             run.require_folder()
-        state.raise_if_diverged(run.batches, settings)  # waits for the device, so not in each step
+        state.raise_if_diverged(run.batches)  # waits for the device, so not in each step
         if processes.lead and "log" in due:
             images, now = (state.step - logged) * settings["batch_size"], time.perf_counter()
             line = state.metrics(settings) | {"images_per_second": images / (now - logged_at), "time": time.time()}
             logged, logged_at = state.step, now
             append_metrics(folder, line)
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
+            bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {line['images_per_second']:.1f} images/s")
         if processes.lead and "eval" in due:
             run.evaluate()
         if processes.lead and "quality" in due:
@@ -1049,8 +1065,7 @@ def train(run: Run) -> int:
             run.save_model("model")
             run.save_checkpoint()  # last: all other files of this step are then on disk
         if processes.lead and ("preview" in due or stopped_by):
-            status = "finished" if last else "stopped" if stopped_by else "running"
-            report_run(folder, status)
+            run.report("finished" if last else "stopped" if stopped_by else "running")
         if stopped_by:
             break
     bar.close()
@@ -1080,9 +1095,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume_after_restart(args, given)
         with run_folder(args) as folder:
             run = begin_run(args, given, folder)
-            with suppress(torch.OutOfMemoryError):
-                return train(run)
-            raise out_of_memory(run)
+            try:
+                with suppress(torch.OutOfMemoryError):
+                    return train(run)
+                raise out_of_memory(run)
+            except InputError as error:
+                if run.processes.lead and folder.is_dir():
+                    run.report("ended by an error", str(error))
+                raise
 
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         return data.exit_status(work)

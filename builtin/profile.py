@@ -22,7 +22,6 @@ DECODED = 256  # images that are decoded with each number of workers
 def profile(run, trace: Path, prediction_losses: Callable) -> None:
     """Prints where the time of `run`, a train.Run, goes and writes a trace of three steps. Saves nothing of the run."""
     settings, device = run.record["settings"], run.processes.device
-    data.atomic_write(trace, lambda file: None)  # fail before measuring, not after it
     step = partial(timed_step, run, prediction_losses)
     for _ in range(3):  # warm-up
         step()
@@ -48,7 +47,10 @@ def profile(run, trace: Path, prediction_losses: Callable) -> None:
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(3):
             step()
-    recorded.export_chrome_trace(str(trace))
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        content = Path(folder, "trace.json").read_bytes()
+    data.atomic_write(trace, lambda file: file.write(content))
     print(f"wrote {trace}, a trace of three steps: open it in chrome://tracing or at ui.perfetto.dev")
 
 

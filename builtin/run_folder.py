@@ -97,21 +97,27 @@ def new_folder(out: Path | None) -> Path:
 
 
 def launch_name() -> str:
-    """Returns a name that stays the same when torchrun restarts its processes."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{platform.node()} {os.getppid()}"
+    """Returns a name of the torchrun that started this process: machine, process number, time of its start."""
+    started = ""
+    with suppress(OSError, IndexError):  # /proc exists only on Linux
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{platform.node()} {os.getppid()} {started}".strip()
 
 
 def resume_after_restart(args: argparse.Namespace, given: dict) -> None:
-    """Makes the command resume its run if torchrun has restarted it and the run has a checkpoint."""
+    """Makes the command resume its run if torchrun has restarted it and the run has a checkpoint.
+
+    Its run is the one that this torchrun has locked. The first process decides whether --out is that.
+    """
     if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return
-    locks = sample.RUNS.glob("*/lock")
-    folders = [args.out] if args.out else [lock.parent for lock in locks if lock.read_text() == launch_name()]
-    for folder in folders:
-        if any(folder.glob("checkpoint-*.pt")):
+    locks = [args.out / "lock"] if args.out else sample.RUNS.glob("*/lock")
+    locks = sorted((lock for lock in locks if lock.is_file()), key=lambda lock: lock.stat().st_mtime_ns)
+    elsewhere = args.out and os.environ.get("RANK", "0") != "0"  # perhaps on another machine
+    for lock in locks:
+        if any(lock.parent.glob("checkpoint-*.pt")) and (elsewhere or lock.read_text() == launch_name()):
             given.clear()
-            vars(args).update(dict.fromkeys(vars(args)), resume=folder)
+            vars(args).update(dict.fromkeys(vars(args)), resume=lock.parent)
 
 
 @contextmanager

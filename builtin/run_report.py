@@ -30,6 +30,7 @@ CURVES = (
     ("Precision and recall", False, {name: name for name in ("precision", "recall", "density", "coverage")}),
     ("Near-copies of training images", False, {"share": "near_copies", "among held-out images": "near_copies_null"}),
 )
+LISTS = ("held_out_by_noise",)
 NOISE_LEVELS = ("least noise", "second quarter", "third quarter", "most noise")  # elements of held_out_by_noise
 
 
@@ -43,7 +44,9 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        return max((line["step"] for line in self.metrics), default=0)
+        """The last step that was logged or saved."""
+        saved = [int(file.stem.partition("-")[2]) for file in self.folder.glob("checkpoint-[0-9]*.pt")]
+        return max([0, *saved, *(line["step"] for line in self.metrics)])
 
     @property
     def settings(self) -> dict:
@@ -61,10 +64,14 @@ class RunRecord:
         """Returns the time that the run has taken, with evaluation, previews and saving."""
         seconds, images = 0.0, 0
         for line in self.metrics:
-            if line.get("images_per_second"):
+            if line.get("images_per_second") and "images" in line:
                 seconds += (line["images"] - images) / line["images_per_second"]
                 images = line["images"]
         return seconds
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -77,9 +84,10 @@ def read_run(folder: Path) -> RunRecord:
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     metrics = []
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError):  # the last line may be half written
+        with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last line may be half written
             record = json.loads(line, parse_constant=lambda _: None)  # NaN is no value
-            metrics.append({**record, "step": int(record["step"])})
+            numbers = {name: value for name, value in record.items() if is_number(value) or name in LISTS}
+            metrics.append({**numbers, "step": int(record["step"])})
     return RunRecord(folder, config, metrics)
 
 
@@ -113,8 +121,11 @@ def film(run: RunRecord) -> dict:
     chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
     items = []
     for file in chosen:
-        with Image.open(file) as image:
-            image.convert("RGB").save(encoded := io.BytesIO(), "JPEG", quality=85)
+        try:
+            with Image.open(file) as image:
+                image.convert("RGB").save(encoded := io.BytesIO(), "JPEG", quality=85)
+        except OSError:  # damaged
+            continue
         source = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
         items.append({"caption": f"step {int(file.stem):,}", "source": source})
     return {"title": "Samples, with the same seeds each time", "items": items}
@@ -125,15 +136,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def cost(run: RunRecord) -> dict:
+def cost(run: RunRecord, step: int) -> dict:
     """Returns what a run has cost so far, for the facts of a report."""
-    images = run.step * run.settings["batch_size"]
+    images = step * run.settings["batch_size"]
     facts = {"parameters": f"{run.config['parameters']:,}"} if "parameters" in run.config else {}
     if "gflop_per_image" in run.config:  # a backward pass takes twice the operations of a forward pass
         facts["training operations"] = f"{3e9 * run.config['gflop_per_image'] * images:.3g} FLOP"
     facts |= {"images seen": f"{images:,}", "time": duration(run.seconds())}
     if measured := sum(seconds for _, seconds in run.points("quality_seconds")):
-        facts["time for quality"] = f"{duration(measured)}, {measured / run.seconds():.1%} of the time"
+        share = measured / max(measured, run.seconds())
+        facts["time for quality"] = f"{duration(measured)}, {share:.1%} of the time"
     return facts
 
 
@@ -142,28 +154,29 @@ def as_cell(value) -> str:
     return "-" if value in (None, []) else data.as_text(value)
 
 
-def report_run(folder: Path, state: str) -> None:
-    """Writes report.html into a run folder. The page reloads itself if the state is "running"."""
+def report_run(folder: Path, step: int, state: str, error: str = "") -> None:
+    """Writes report.html into the folder of a run at a step. The page reloads itself if the state is "running"."""
     run = read_run(folder)
     total, best = run.settings["steps"], run.lowest("held_out_loss")
-    verdict = f"{state.capitalize()}: step {run.step:,} of {total:,}."
+    verdict = f"{state.capitalize()}: step {step:,} of {total:,}."
     if state == "running":  # the page of a killed run stays as it is
-        verdict = f"Running at {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: step {run.step:,} of {total:,}."
+        verdict = f"Running at {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: step {step:,} of {total:,}."
     if best:
         verdict += f" Lowest held-out loss {best[0]:.4f}, at step {best[1]:,}."
+    verdict += f" Error: {error}." * bool(error)
     kept = run.config.get("data", {})
     rows = [[name, as_cell(value)] for name, value in run.settings.items()]
     document = {
         "title": f"Run {folder}",
         "verdict": verdict,
-        "alarm": False,
+        "alarm": bool(error),
         "reload": RELOAD_SECONDS if state == "running" else 0,
         "film": film(run),
         "series": curves(run),
         "tables": [quality_table(run), {"title": "Settings", "columns": ["setting", "value"], "rows": rows}],
         "facts": {
             **{f"data: {name}": as_cell(value) for name, value in kept.items() if name != "skipped"},
-            **cost(run),
+            **cost(run, step),
             **{f"version of {name}": text for name, text in run.config.get("versions", {}).items()},
             "commit of the run": run.config.get("git_commit") or "unknown",
             "processes": run.config.get("processes", 1),
@@ -187,6 +200,11 @@ def quality_table(run: RunRecord) -> dict:
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
 COMPARED = {"loss": "training loss", "held_out_loss": "held-out loss", "kid": "KID"}
+
+
+# Settings that change what a loss measures.
+OF_THE_LOSS = {"prediction", "loss", "gamma", "density", "density_mean", "density_std", "noise_schedule", "zero_snr",
+               "timesteps", "size", "image_channels", "patch_size"}  # fmt: skip
 
 
 def compare_runs(runs: list[RunRecord], sort: str) -> dict:
@@ -217,8 +235,9 @@ def compare_runs(runs: list[RunRecord], sort: str) -> dict:
     if best:
         verdict = f"{runs[0].folder} has the lowest {COMPARED[sort]}: {best[0]:.4f}, at step {best[1]:,}."
     fingerprints = {run.config.get("data", {}).get("fingerprint") for run in runs}
-    if len(fingerprints) > 1:
-        verdict += " The runs used different data, so that their losses cannot be compared."
+    reasons = ["data"] * (len(fingerprints) > 1) + [name for name in differing if name in OF_THE_LOSS]
+    if reasons and sort != "kid":
+        verdict += f" These losses cannot be compared, because the runs differ in: {', '.join(reasons)}."
     return {
         "title": f"{len(runs)} runs",
         "verdict": verdict,
@@ -297,8 +316,8 @@ def with_diffusers(network: dict) -> str:
     return WITH_DIFFUSERS
 
 
-def model_card(folder: Path) -> str:
-    """Returns the README.md of a run's model, in the format of model cards on the Hugging Face hub."""
+def model_card(folder: Path, step: int) -> str:
+    """Returns the README.md of a run's model at a step, in the format of model cards on the Hugging Face hub."""
     run = read_run(folder)
     settings, kept = run.settings, run.config["data"]
     held_out = run.points("held_out_loss")[-1:]
@@ -317,7 +336,7 @@ def model_card(folder: Path) -> str:
         size=settings["size"],
         parameters=f"{run.config['parameters']:,}",
         version=data.VERSION,
-        step=run.step,
+        step=step,
         steps=settings["steps"],
         batch_size=settings["batch_size"],
         diffusers=with_diffusers(run.config["network"]),

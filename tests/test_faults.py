@@ -219,6 +219,15 @@ def test_a_restarted_command_with_out_resumes(tmp_path, monkeypatch, fit, whole)
     assert fit(tmp_path / "run", "--preset", "nano") == 2
 
 
+def test_a_restart_does_not_touch_the_run_of_another_launch(tmp_path, monkeypatch, capsys, fit, whole):
+    """Its first attempt was refused; so is each restart."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/lock").write_text("elsewhere 12 345")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert fit(tmp_path / "run", "--seed", "7", steps=20) == 2 and "is not empty" in error_of(capsys)
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
 def test_a_process_without_the_checkpoint_is_told_so(monkeypatch):
     processes = train.Processes(torch.device("cpu"))
     processes.rank = 1
@@ -266,20 +275,23 @@ def test_output_is_complete_until_it_fails(tmp_path):
             print("two", file=out, flush=True)
     assert (tmp_path / "out").read_text() == "one\n"
     assert train.Output(io.StringIO()).isatty() is False
+    print("three", file=train.Output(None))  # of a process that began with a closed descriptor
 
 
-@pytest.mark.parametrize("what", ["deleted", "replaced"])
+@pytest.mark.parametrize("what", ["deleted", "replaced", "a file"])
 def test_a_folder_that_is_gone_is_told_from_a_full_disk(tmp_path, monkeypatch, capsys, fit, what):
     def take_away():
         shutil.move(tmp_path / "run", tmp_path / "elsewhere")
         if what == "replaced":
             (tmp_path / "run").mkdir()
+        elif what == "a file":
+            (tmp_path / "run").touch()
 
     with monkeypatch.context() as patch:
         stop_at(patch, 6, take_away)
         assert fit(tmp_path / "run") == 2
     assert f"{tmp_path / 'run'} was deleted or replaced during the run" in error_of(capsys)
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert not list(tmp_path.glob("run/*"))
     assert train.main(["--resume", str(tmp_path / "elsewhere")]) == 0  # nothing was lost
 
 
@@ -321,16 +333,26 @@ def test_a_batch_that_diverges_is_skipped_on_request(tmp_path, monkeypatch, caps
     skip = "6"
     if status == "both":
         assert train.main(["--resume", str(tmp_path / "run"), "--skip-batches", "6"]) == 1
-        assert "resume with --skip-batches 6,7 to skip" in error_of(capsys)
-        skip = "6,7"
+        assert "resume with --skip-batches 7 to skip" in error_of(capsys)
+        skip = "7"
     assert train.main(["--resume", str(tmp_path / "run"), "--skip-batches", skip]) == 0
     assert "skipped the batch of step 6" in capsys.readouterr().out
+    skip = ",".join(map(str, sorted(bad)))
     skipped = [line["skipped_batch"] for line in metrics(tmp_path / "run") if "skipped_batch" in line]
     assert skipped == sorted(bad)
     assert fit(tmp_path / "again", "--skip-batches", skip) == 0
     assert_same_run(tmp_path / "run", tmp_path / "again")
     assert weights(tmp_path / "run") != weights(whole)
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "13"]) == 0  # remembered by the run
+    for steps, sentence in (("3", "this run has made step 3 already; it is at step 13"), ("70", "has only 20 steps")):
+        assert train.main(["--resume", str(tmp_path / "run"), "--steps", "20", "--skip-batches", steps]) == 2
+        assert f"--skip-batches {steps}: " in (error := error_of(capsys)) and sentence in error
+
+
+def test_an_interval_of_skipped_batches_has_no_loss(tmp_path, fit):
+    assert fit(tmp_path / "run", "--skip-batches", "0,1,2", steps=6) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    assert "loss" not in lines[0] and "grad_norm" not in lines[0] and lines[1]["loss"] > 0
 
 
 def test_a_gpu_that_is_too_small_names_the_batch_that_fits(tmp_path, monkeypatch, capsys, fit):

@@ -441,8 +441,8 @@ def test_a_report_of_a_run_goes_along_with_it(browser, tmp_path, monkeypatch, fi
     run, report = tmp_path / "run", train.report_run
     chosen = "document.querySelector('.film p').textContent"
 
-    def look(folder, state):
-        report(folder, state)
+    def look(folder, step, state, error):
+        report(folder, step, state, error)
         if state == "running" and not opened:
             context = browser.new_context(viewport={"width": 390, "height": 900})
             opened.append(context.new_page())
@@ -462,9 +462,9 @@ def test_a_report_of_a_run_goes_along_with_it(browser, tmp_path, monkeypatch, fi
     page.reload()
     assert page.evaluate(chosen) == "step 8"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and violations(page) == []
-    run_report.report_run(run, "running")
+    run_report.report_run(run, 12, "running")
     page.goto((run / "report.html").as_uri())
-    run_report.report_run(run, "finished")
+    run_report.report_run(run, 12, "finished")
     page.locator("#verdict", has_text="Finished").wait_for()
     page.evaluate("window.mark = 1")
     page.wait_for_timeout(700)

@@ -75,8 +75,8 @@ def test_report_while_it_trains(tmp_path, monkeypatch, fit):
     """Rewritten at each preview, readable at any time, and reloading itself only until the end."""
     states, report = [], train.report_run
 
-    def recording(folder, state):
-        report(folder, state)
+    def recording(folder, step, state, error):
+        report(folder, step, state, error)
         document = document_of(folder / "report.html")
         states.append((state, document["reload"] > 0, len(document["film"]["items"]), document["verdict"]))
 
@@ -135,7 +135,7 @@ def test_logs_that_are_long_damaged_or_half_written(tmp_path, trained):
     (run / "metrics.jsonl").write_text(
         "\n".join([*lines, '{"step": 40001, "loss": NaN}', "null", '{"step": 40002, "lo'])
     )
-    run_report.report_run(run, "running")
+    run_report.report_run(run, 40_000, "running")
     (points,) = [
         plot["lines"]["training"] for plot in document_of(run / "report.html")["series"] if plot["title"] == "Loss"
     ]
@@ -144,14 +144,17 @@ def test_logs_that_are_long_damaged_or_half_written(tmp_path, trained):
     assert (run / "report.html").stat().st_size < 1_000_000
     assert run_report.read_run(run).seconds() == pytest.approx(32_000)
     (run / "metrics.jsonl").unlink()
-    run_report.report_run(run, "running")
+    (run / "samples/00000050 copy.png").write_bytes(b"x")  # not a grid of the run
+    (run / "samples/00000012.png").write_bytes(b"damaged")
+    run_report.report_run(run, 12, "running")
+    assert [item["caption"] for item in document_of(run / "report.html")["film"]["items"]] == ["step 8"]
     assert document_of(run / "report.html")["series"] == []
 
 
 def test_hostile_text_stays_text(tmp_path, trained):
     run = tmp_path / "run</script><b>"
     shutil.copytree(trained, run)
-    run_report.report_run(run, "running")
+    run_report.report_run(run, 12, "running")
     assert document_of(run / "report.html")["title"] == f"Run {run}"
 
 
@@ -174,7 +177,7 @@ def test_runs_are_compared(sweep, tmp_path, monkeypatch, capsys):
     folders = sorted(map(str, sweep.iterdir()))
     assert monitor.main(["compare", *folders, "--json", "compare.json"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == f"skipped {sweep / 'notes'}: it has no config.json of a run\n"
+    assert printed.err.startswith(f"skipped {sweep / 'notes'}: ") and "config.json cannot be read" in printed.err
     document = json.loads((tmp_path / "compare.json").read_text())
     (table,) = document["tables"]
     assert table["columns"] == ["run", "steps", "lowest held-out loss", "lowest KID", "time", "lr"]
@@ -203,7 +206,11 @@ def test_runs_on_other_data_are_not_ranked_in_silence(sweep, trained, tmp_path, 
     data.write_json(run / "config.json", config)
     page = ["--out", str(tmp_path / "compare.html")]
     assert monitor.main(["compare", str(run), str(sweep / "lr-0.01"), *page]) == 0
-    assert "The runs used different data, so that their losses cannot be compared." in capsys.readouterr().out
+    assert "These losses cannot be compared, because the runs differ in: data." in capsys.readouterr().out
+    config["settings"]["prediction"] = "epsilon"
+    data.write_json(run / "config.json", config)
+    assert monitor.main(["compare", str(run), str(sweep / "lr-0.01"), *page]) == 0
+    assert "because the runs differ in: data, prediction." in capsys.readouterr().out
 
 
 def test_nothing_to_compare(tmp_path, capsys):
@@ -211,7 +218,47 @@ def test_nothing_to_compare(tmp_path, capsys):
     assert f"none of {tmp_path} is a run; name folders that train.py wrote" in error_of(capsys)
     (tmp_path / "config.json").write_text('{"settings": 3}')
     assert monitor.main(["compare", str(tmp_path)]) == 2
-    assert "is not the config.json of a run" in error_of(capsys)
+    assert "is not the config.json of a run" in capsys.readouterr().err
+
+
+def test_a_damaged_run_spoils_no_comparison(sweep, tmp_path, capsys):
+    run = tmp_path / "damaged"
+    shutil.copytree(sweep / "lr-0.01", run)
+    lines = ['{"step": 2, "held_out_loss": [1]}', '{"step": 3, "images_per_second": 5}', '{"step": 4, "loss": "low"}']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    assert monitor.main(["compare", str(run), str(sweep / "lr-0.03"), "--out", str(tmp_path / "c.html")]) == 0
+    assert f"{sweep / 'lr-0.03'} has the lowest held-out loss" in capsys.readouterr().out
+
+
+def test_report_and_card_name_the_step_at_which_a_run_ended(tmp_path, monkeypatch, capsys, fit):
+    """Stopped between two lines of the log, or ended by an error."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert fit(tmp_path / "run") == 143
+    document = document_of(tmp_path / "run/report.html")
+    assert document["verdict"].startswith("Stopped: step 7 of 12.") and not document["alarm"] and not document["reload"]
+    assert "for 7 of 12 steps" in " ".join((tmp_path / "run/model/README.md").read_text().split())
+    assert run_report.read_run(tmp_path / "run").step == 7
+    capsys.readouterr()
+
+    def full(*args):
+        raise data.InputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "evaluate", full)
+        assert train.main(["--resume", str(tmp_path / "run")]) == 2
+    document = document_of(tmp_path / "run/report.html")
+    assert document["verdict"].startswith("Ended by an error: step 8 of 12.") and document["alarm"]
+    assert "Error: the disk is full." in document["verdict"] and not document["reload"]
+
+
+def test_a_report_that_fails_ends_no_training(tmp_path, monkeypatch, capsys, fit, trained):
+    def broken(*args):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(train, "report_run", broken)
+    assert fit(tmp_path / "run") == 0
+    assert "report.html could not be written: division by zero" in capsys.readouterr().err
 
 
 # ---- model card ------------------------------------------------------------------------------------------------------

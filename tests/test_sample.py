@@ -361,9 +361,20 @@ def test_only_missing_images_are_drawn(tmp_path, folder, monkeypatch, capsys):
     assert {file.name: file.read_bytes() for file in birds.iterdir()} == whole
     kept = [name for name, time in before.items() if (birds / name).stat().st_mtime_ns == time]
     assert sorted(kept) == ["3.png", "7.png", "8.png"]
+    (birds / "5.png").write_bytes(whole["5.png"][:-40])  # the end is missing
+    assert sample.main([*flags, "--batch-size", "1"]) == 0 and (birds / "5.png").read_bytes() == whole["5.png"]
+    capsys.readouterr()
     for change in (["--steps", "3"], ["--eta", "0.5", "--sampler", "ddim"], ["--scale", "2"], ["--exact"]):
         assert sample.main([*flags, *change]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"wrote 6 images to {birds}/"
+
+
+def test_a_walk_of_another_length_is_drawn_again(tmp_path, folder, capsys):
+    flags = ["--model", str(folder), "--steps", "2", "--walk", "1", "2", "--each", "--exact", "--out"]
+    for count, out in ((3, "a"), (5, "a"), (5, "b")):
+        assert sample.main([*flags, str(tmp_path / out), "-n", str(count)]) == 0
+    for i in range(5):
+        assert (tmp_path / f"a/{i}.png").read_bytes() == (tmp_path / f"b/{i}.png").read_bytes()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
