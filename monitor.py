@@ -60,9 +60,9 @@ from data import Flag, InputError, real, whole
 
 
 def quality(extract: Callable, images: Tensor, real: Tensor) -> dict[str, Estimate]:
-    """Compares uint8 (N, C, H, W) images with real ones by the features that `extract` gives 64 of them at a time.
+    """Compares uint8 (N, C, H, W) images with real ones by their features.
 
-    builtin.quality.measures says which numbers there are.
+    `extract` computes the features of 64 images at a time. Returns the numbers of builtin.quality.measures.
     """
     return measures(features_of(extract, images), features_of(extract, real))
 
@@ -85,8 +85,9 @@ def choose(dataset: data.Dataset, rows: np.ndarray | Tensor) -> data.Dataset:
 def random_subset(images: data.Dataset, count: int) -> data.Dataset:
     """Chooses at most `count` images at random.
 
-    Synthetic images have equally many of each family, so that a subset of them varies less than a random set, and KID
-    would be biased downwards. Of these, the families are chosen at random first, which takes at most half of them.
+    A synthetic dataset has equally many images of each family, so a plain subset would vary less than a random set, and
+    KID would be biased downwards. From synthetic datasets, the number of each family is therefore drawn at random
+    first, and at most half of the images are taken.
     """
     random = data.generator("some", data.original_name(images.source))
     if not data.is_synthetic(images.source):
@@ -111,7 +112,7 @@ def images_of_run(run: Path, shape: tuple) -> tuple[data.Dataset, data.Dataset]:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run / 'config.json'} is not the config.json of a run; name images with --real") from error
     if images.fingerprint != fingerprint:
-        raise InputError(f"{source} is not what it was for {run}; name other images with --real and --train")
+        raise InputError(f"{source} has changed since {run} was trained; name other images with --real and --train")
     training, held_out = (choose(images, rows) for rows in data.split(images))
     if data.is_synthetic(images.source):
         return training, unseen_synthetic(shape)
@@ -131,7 +132,7 @@ def references(args: argparse.Namespace, path: Path, shape: tuple) -> tuple:
         real = read_images(args.real, shape)
         real = random_subset(real, len(real.images))
     if real is None:
-        raise InputError(f"{path} does not tell which images it should be like; name them with --real")
+        raise InputError(f"{path} does not say which images to compare it with; name them with --real")
     return training, real
 
 
@@ -1004,7 +1005,7 @@ WATCH_FLAGS = {
 SERVED = "folder that `server.py --save` writes"
 COMPARE_FLAGS = {
     "compare": [
-        Flag("--sort", "held_out_loss", ("held_out_loss", "kid", "loss"), "what the best run has the lowest of"),
+        Flag("--sort", "held_out_loss", ("held_out_loss", "kid", "loss"), "ranks runs by their lowest value of this"),
         Flag("--out", Path("compare.html"), Path, "report to write"),
         Flag("--json", None, Path, "also write the report as JSON"),
     ],

@@ -123,7 +123,7 @@ SETTINGS = {
         Flag("--log-every", 20, whole(1), "steps between lines of metrics.jsonl"),
         Flag("--eval-every", 500, whole(1), "steps between held-out losses"),
         Flag("--quality-every", None, whole(0, 10**9), f"steps between measurements of quality and memorisation, on "
-             f"{QUALITY_IMAGES} images; 0: none (default: so that drawing these takes about 5% of the time)"),
+             f"{QUALITY_IMAGES} images; 0: none (default: such that drawing them takes about 5% of the time)"),
         Flag("--preview-every", 500, whole(1), "steps between grids of samples"),
         Flag("--save-every", 500, whole(1), "steps between checkpoints"),
         Flag("--keep", 2, whole(1, 1000), "checkpoints to keep"),
@@ -242,7 +242,7 @@ def resolve_defaults(settings: dict, device: torch.device) -> None:
         settings["precision"] = "bf16" if sample.has_bf16(device) else other
     if settings["compile"] is None:
         settings["compile"] = device.type == "cuda"
-    if settings["quality_every"] is None:  # an image takes ten forward passes, training on one as long as three
+    if settings["quality_every"] is None:  # forward passes: drawing an image takes 10, training on it 3
         steps = QUALITY_IMAGES * 10 / 3 / settings["batch_size"] / 0.05
         previews = math.ceil(steps / settings["preview_every"])
         settings["quality_every"] = previews * settings["preview_every"]
@@ -608,7 +608,7 @@ class Processes:
 
 
 class Output:
-    """Passes text on to a stream. When that fails, the rest is dropped: a full disk or closed pipe ends no training."""
+    """Passes text on to a stream. Drops the rest if that fails, so a full disk or closed pipe does not end training."""
 
     def __init__(self, stream):
         # Python has no stream for a closed descriptor.
@@ -858,7 +858,7 @@ class Run:
         with suppress(OSError):
             if os.path.samestat(self.folder_status, self.folder.stat()):
                 return
-        raise InputError(f"{self.folder} was deleted or replaced during the run, so that no more can be saved in it")
+        raise InputError(f"{self.folder} was deleted or replaced during the run, so nothing more can be saved there")
 
     def save_checkpoint(self) -> None:
         content = self.state.state_dict() | {"identity": identity(self.record)}

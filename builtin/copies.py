@@ -11,14 +11,14 @@ from torch import Tensor
 import data
 
 ALPHA = 0.01  # false-alarm rate of the verdict
-NULL = 1000  # most images that no model made, looked up to learn how frequent near-copies are among these
+NULL = 1000  # images that no model made, at most; they give the share of near-copies to expect
 NEIGHBOURS = 50
 NEAR = 1 / 4
-SAME = 0.05  # distance of a copy, however close the other training images are
+SAME = 0.05  # any image nearer than this is a near-copy, however close the other training images are
 SIDE = 64  # larger images are scaled down to this
 SHIFT = 2  # pixels, after scaling
 SHIFTS, MIDDLE = range(2 * SHIFT + 1), range(SHIFT, SHIFT + 1)
-FLOOR = 4.0  # levels: the contrast of images with less is not raised to 1
+FLOOR = 4.0  # in levels of 255; images with less contrast keep a norm below 1
 BLOCK = 2**24  # distances held in memory at once
 
 
@@ -80,9 +80,9 @@ def memorised(images: Tensor, training: Tensor, held_out: Tensor) -> Memorisatio
 
     near-copies  Fisher's exact test: is their share larger than among images that no model made? Those are the held-out
                  images and, up to NULL in all, training images, each compared with the other training images.
-    nearer       A model that does not memorise would be as close to the held-out images if they had changed places with
-                 training images. The number of generated images whose nearest neighbour is a held-out image (Platzer &
-                 Reutterer 2021) is therefore compared with the numbers for random choices of the held-out images.
+    nearer       If the model does not memorise, held-out and training images are interchangeable. The number of
+                 generated images whose nearest neighbour is a held-out image (Platzer & Reutterer 2021) is therefore
+                 compared with the numbers for random choices of the held-out images.
                  Images with near-duplicates are left out: `data.split` never separates those.
 
     Raises InputError for fewer than two different training images.
@@ -114,9 +114,9 @@ def nearest(images: Tensor, training: Tensor, own: Tensor | None = None) -> Near
     The image and its mirror image are compared at all shifts by up to SHIFT pixels. `own` (N,) says that the images are
     these training images, which are then compared with the others.
 
-    A near-copy is less than a quarter as far away as the median of its 50 nearest training images, so that images
-    which are close to many are not counted (Carlini et al. 2023, section 5.1, has a third). Memory: 64 MiB, or 200
-    bytes a training image if that is more, besides 1,000 bytes a training image.
+    An image is a near-copy if its nearest training image is less than a quarter as far away as the median of its 50
+    nearest ones; images that are close to many are thus not counted (Carlini et al. 2023, section 5.1, use a third).
+    Memory: 1,000 bytes per training image, plus 64 MiB or 200 bytes per training image, whichever is more.
     """
     described = torch.cat([describe(part, MIDDLE)[:, 0, 0] for part in training.split(256)])
     squares = described.square().sum(1, keepdim=True)

@@ -16,7 +16,7 @@ import data
 from builtin.quality import SPLITS, Estimate, inception_score, measures
 from data import InputError
 
-HASH = "6726825d"  # SHA-256 of the file by which FID is defined begins so
+HASH = "6726825d"  # the SHA-256 of the weights file that defines FID begins with this
 NAME = f"pt_inception-2015-12-05-{HASH}.pth"
 RELEASE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"
 STAGES = {  # dimensions of the features: the layers that lead there from the stage before

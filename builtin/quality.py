@@ -95,7 +95,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> Estimate:
     It is biased upwards by about 1/N, so compare it only between equal numbers of images, with N above d. The standard
     error is that of the infinitesimal jackknife (Jaeckel 1972): the variance of the images' influences on the distance,
     which are quadratic forms of the optimal transports between the Gaussians. With them the distance takes two
-    eigendecompositions of d x d. It is half too large for sets from one distribution.
+    eigendecompositions of d x d. This error is 50% too large for sets from one distribution.
     """
     shift = x.mean(0) - y.mean(0)
     covariances = x.T.cov(), y.T.cov()
@@ -161,7 +161,7 @@ def prdc(x: Tensor, y: Tensor) -> dict[str, Estimate]:
 
 
 def _halves(count: int, name: str) -> Tensor:
-    """Chooses random halves, two and two without a common image, then everything: bool (2 BISECTIONS + 1, count)."""
+    """Chooses pairs of complementary random halves, then the whole set: bool (2 BISECTIONS + 1, count)."""
     random = data.generator("halves", name)
     first = torch.stack([torch.randperm(count, generator=random) < count // 2 for _ in range(BISECTIONS)])
     return torch.cat([first, ~first, torch.ones(1, count, dtype=torch.bool)])

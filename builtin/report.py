@@ -22,7 +22,10 @@ def write_report(page: Path, document: dict, json_file: Path | None = None) -> N
 
 
 def write_page(page: Path, document: dict) -> dict:
-    """Writes a document as one HTML page, and returns it with what made it. docs/monitoring.md describes its fields."""
+    """Writes a document as one HTML page, and returns it with time and versions added.
+
+    docs/monitoring.md describes the fields.
+    """
     version = f"{data.VERSION}, commit {data.git_commit() or 'unknown'}, torch {torch.__version__}"
     made = {"time": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()), "Papilio": version}
     document = document | {"schema": SCHEMA, "facts": document["facts"] | made}

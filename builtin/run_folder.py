@@ -107,7 +107,7 @@ def launch_name() -> str:
 def resume_after_restart(args: argparse.Namespace, given: dict) -> None:
     """Makes the command resume its run if torchrun has restarted it and the run has a checkpoint.
 
-    Its run is the one that this torchrun has locked. The first process decides whether --out is that.
+    The run to resume is the one whose lock holds launch_name(). With --out, only the first process checks this.
     """
     if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return
@@ -131,8 +131,8 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path | None]:
         return
     folder = args.resume or new_folder(args.out)
     if not any((folder / name).exists() for name in ("lock", "config.json")) and args.resume:
-        raise InputError(f"--resume {folder} is no run folder: it has no config.json; name the folder of a run")
-    sentence = f"another process trains in {folder}; wait until it has ended, or name another folder with --out"
+        raise InputError(f"--resume {folder} is not a run folder: it has no config.json; name a run's folder")
+    sentence = f"another process is training in {folder}; wait until it ends, or name another folder with --out"
     with data.locked(folder / "lock", launch_name(), sentence):
         data.remove_temporary_files(folder)
         if args.resume and is_untrained(folder):

@@ -188,12 +188,12 @@ def report_run(folder: Path, step: int, state: str, error: str = "") -> None:
 def quality_table(run: RunRecord) -> dict:
     """Returns the measured quality, newest first."""
     names = {"kid": "KID", "fd": "FD"} | {name: name for name in ("precision", "recall", "density", "coverage")}
-    names |= {"near_copies": "near-copies", "near_copies_null": "near-copies of others"}
+    names |= {"near_copies": "near-copies", "near_copies_null": "near-copies, other images"}
     rows = []
     for line in reversed(run.metrics):
         if "kid" in line:
             rows.append([line["step"], *(f"{line[name]:.4g}" if name in line else "-" for name in names)])
-    title = "Quality of 256 samples against held-out images; share of near-copies of training images, and among others"
+    title = "Quality of 256 samples against held-out images; near-copies of training images among samples and others"
     return {"title": title, "columns": ["step", *names.values()], "rows": rows[:20]}
 
 
@@ -285,7 +285,7 @@ are comparable between its runs, but not with a published FID or KID.
 
 ## Limits
 
-The model knows nothing but its training data: it draws what that shows, with its gaps. Whether images may be published
+The model draws only what its training data shows, and has the same gaps. Whether images may be published
 depends on the licence of the data. `python monitor.py memorised` checks whether it reproduces training images.
 
 ## Settings
@@ -305,7 +305,7 @@ images = pipeline(batch_size=8, num_inference_steps=50).images
 
 
 def with_diffusers(network: dict) -> str:
-    """Returns how diffusers draws with a model of this configuration."""
+    """Returns instructions for drawing with diffusers and a model of this configuration."""
     if network.get("patch_size", 1) > 1:
         return "diffusers has no pipeline for networks that fold patches of pixels into channels, as this one does."
     if network.get("num_class_embeds"):

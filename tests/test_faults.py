@@ -54,12 +54,12 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys, fit, whole):
     before = weights(tmp_path / "run")
     with data.locked(tmp_path / "run/lock", "other", "in use"):
         assert train.main(["--resume", str(tmp_path / "run"), "--steps", "20"]) == 2
-        assert f"another process trains in {tmp_path / 'run'}; wait" in error_of(capsys)
+        assert f"another process is training in {tmp_path / 'run'}; wait" in error_of(capsys)
     assert weights(tmp_path / "run") == before
     (tmp_path / "new").mkdir()
     with data.locked(tmp_path / "new/lock", "other", "in use"):  # it has only begun
         assert fit(tmp_path / "new") == 2
-        assert "another process trains in" in error_of(capsys)
+        assert "another process is training in" in error_of(capsys)
     assert os.listdir(tmp_path / "new") == ["lock"]
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "13"]) == 0
 

@@ -267,7 +267,7 @@ def test_a_run_whose_data_changed(trained, tmp_path, capsys):
     config["data"]["fingerprint"] = "0"
     (run / "config.json").write_text(json.dumps(config))
     assert monitor.main(["quality", str(run)]) == 2
-    assert "is not what it was for" in capsys.readouterr().err
+    assert "has changed since" in capsys.readouterr().err
 
 
 def test_size_is_a_models_own(trained, capsys):

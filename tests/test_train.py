@@ -774,7 +774,7 @@ def test_without_a_compiler_training_goes_on_eager(tmp_path, monkeypatch, capsys
         (["--device", "tpu"], "--device tpu"),
         (["--init", "nowhere"], "is set by the model of --init"),
         (["--config", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--resume", "nowhere"], "--resume nowhere is no run folder"),
+        (["--resume", "nowhere"], "--resume nowhere is not a run folder"),
         (["--revision", "main"], "--revision main: only Hugging Face datasets"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],
