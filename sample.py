@@ -517,7 +517,7 @@ class DrawRequest:
         numbers = [seed[0] if isinstance(seed, tuple) else seed for seed in seeds]
         return [(number % config.class_count, seed) for number, seed in zip(numbers, seeds, strict=True)]
 
-    def facts(self, model: Model, steps: int) -> dict:
+    def facts(self, model: Model, steps: int, exact: bool = False) -> dict:
         """Returns what is needed to draw the images again, for the text chunks of their files."""
         facts = {
             "seed": self.seed or 0,
@@ -531,6 +531,8 @@ class DrawRequest:
         }
         if self.classes is not None or self.guidance != 1:
             facts["guidance"] = self.guidance
+        if exact:
+            facts["exact"] = True
         return facts
 
 
@@ -815,7 +817,7 @@ def run(args: argparse.Namespace) -> None:
     plural = "s" * (steps > 1)
     print(f"{which}: {model.shape[2]} px, {args.sampler}, {steps} step{plural}, {device.type}, {model.precision}")
 
-    facts = request.facts(model, steps)
+    facts = request.facts(model, steps, bool(args.exact))
     if args.walk:
         facts = {"walk": " ".join(map(str, args.walk)), "frames": args.n, **facts}
         del facts["seed"]
@@ -823,8 +825,6 @@ def run(args: argparse.Namespace) -> None:
         facts |= {"from": args.picture, "strength": strength}
     if args.mask:
         facts["mask"] = args.mask
-    if args.exact:
-        facts["exact"] = True
     output = Output(args, out, config, images, facts)
     size = EXACT_BATCH if args.exact else args.batch_size or 8
     if args.compile:

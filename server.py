@@ -806,7 +806,8 @@ class Handler(BaseHTTPRequestHandler):
         except InputError as error:  # for example, steps_offset goes beyond the last timestep
             raise Refusal(400, str(error), "eta" if "eta" in str(error) else "steps") from error
         images = wanted.images(model.network.config)
-        facts = wanted.facts(model, len(table)) | sample.grid_facts(model.network.config, images)
+        exact = self.server.engine.exact
+        facts = wanted.facts(model, len(table), exact) | sample.grid_facts(model.network.config, images)
         drawings = [sample.Drawing(seed, label, table, wanted.guidance) for label, seed in images]
         deadline = time.monotonic() + self.server.seconds
         job = Job(model, drawings, facts, self.connection, self.client, deadline, "seed" in given)

@@ -24,6 +24,11 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the long proofs, for some minutes each")
 
 
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--soak"):
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Half of the tests for each process; who has done its own takes from the other, so that they end together."""

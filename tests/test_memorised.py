@@ -330,10 +330,9 @@ def test_command_needs_training_images(tmp_path, capsys):
 # ---- trained networks ------------------------------------------------------------------------------------------------
 
 
-def test_a_network_overfitted_on_50_images_is_caught(tmp_path, request):
-    """For ten minutes, only by --soak."""
-    if not request.config.getoption("--soak"):
-        return
+@pytest.mark.soak
+def test_a_network_overfitted_on_50_images_is_caught(tmp_path):
+    """Takes ten minutes."""
     for i in range(50):
         Image.fromarray(butterflies.render(3, i, 16).transpose(1, 2, 0)).save(tmp_path / f"{i:03}.png")
     network = ["--size", "16", "--channels", "32,64", "--attention", "8", "--no-flips", "--optimizer", "adamw"]
@@ -343,9 +342,8 @@ def test_a_network_overfitted_on_50_images_is_caught(tmp_path, request):
     assert status == 1 and page["p"] < 1e-4
 
 
-def test_the_default_model_is_cleared(tmp_path, request):
-    """200 of its images against the 20,000 that it was trained on; only by --soak."""
-    if not request.config.getoption("--soak"):
-        return
+@pytest.mark.soak
+def test_the_default_model_is_cleared(tmp_path):
+    """200 of its images against the 20,000 that it was trained on."""
     status, page = run_command(tmp_path, sample.DEFAULT_MODEL, "--train", "synthetic:20000", "-n", 200)
     assert status == 0 and page["p"] > 0.05

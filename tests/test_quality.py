@@ -337,9 +337,8 @@ def test_fid_of_folders_equals_that_of_pytorch_fid(network, peer, tmp_path):
     check_fid(network, tmp_path, 66, 64)
 
 
-def test_fid_at_2048_dimensions_soak(network, peer, tmp_path, pytestconfig):
-    if not pytestconfig.getoption("--soak"):
-        pytest.skip("only with --soak: 4,120 images through two networks")
+@pytest.mark.soak
+def test_fid_at_2048_dimensions_equals_that_of_pytorch_fid(network, peer, tmp_path):
     torch.set_num_threads(2)
     check_fid(network, tmp_path, 2060, 2048)
 
