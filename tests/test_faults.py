@@ -254,7 +254,13 @@ def test_an_error_of_both_processes_is_printed_once(tmp_path, shapes):
 
 def test_training_goes_on_without_anyone_to_read_its_output(tmp_path, shapes, whole):
     """Standard output on a full disk, standard error a pipe that nobody reads, and the terminal hangs up."""
-    code = "import os, signal, train, sys; train.Stop(); os.kill(os.getpid(), signal.SIGHUP); sys.exit(train.main())"
+    code = """
+import os, signal, sys, train
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+train.Stop()
+os.kill(os.getpid(), signal.SIGHUP)
+sys.exit(train.main())
+"""
     flags = ["--data", shapes, "--out", tmp_path / "run", "--steps", 12, *TINY, *OFTEN]
     reader, writer = os.pipe()
     os.close(reader)
