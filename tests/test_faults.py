@@ -379,6 +379,8 @@ def test_a_gpu_that_is_too_small_names_the_batch_that_fits(tmp_path, monkeypatch
     assert train.main(["--resume", str(run), "--accumulate", "4"]) == 0
     assert fit(tmp_path / "again", "--accumulate", "4") == 0
     assert_same_run(run, tmp_path / "again")
+    fits[0] = 5
+    assert fit(tmp_path / "half") == 2 and "but 4 do; " in (error := error_of(capsys)) and "--accumulate 2 (" in error
     fits[0] = 0
     assert fit(tmp_path / "none") == 2 and "nor does a single one" in error_of(capsys)
 
