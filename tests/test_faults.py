@@ -281,7 +281,9 @@ def test_output_is_complete_until_it_fails(tmp_path):
             print("two", file=out, flush=True)
     assert (tmp_path / "out").read_text() == "one\n"
     assert train.Output(io.StringIO()).isatty() is False
-    print("three", file=train.Output(None))  # of a process that began with a closed descriptor
+    missing = train.Output(None)  # of a process that began with a closed descriptor
+    print("three", file=missing)
+    missing.stream.close()
 
 
 @pytest.mark.parametrize("what", ["deleted", "replaced", "a file"])
