@@ -55,15 +55,9 @@ from data import Flag, InputError, real, whole
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Parses comma-separated whole numbers, or an empty text: a type for argparse."""
-    parts = [part.strip() for part in text.split(",")]
-    return [whole(1, 65536)(part) for part in parts if part]
-
-
-def step_numbers(text: str) -> list[int]:
-    """Parses comma-separated steps: a type for argparse."""
-    return [whole(0, 10**9)(part.strip()) for part in text.split(",") if part.strip()]
+def whole_numbers(low: int, high: int) -> Callable:
+    """Returns a parser of comma-separated whole numbers, or an empty text: a type for argparse."""
+    return lambda text: [whole(low, high)(part.strip()) for part in text.split(",") if part.strip()]
 
 
 QUALITY_IMAGES = 256
@@ -83,8 +77,8 @@ SETTINGS = {
     ],
     "network": [
         Flag("--init", None, str, "start from the weights of this run or model folder, with its network and schedule"),
-        Flag("--channels", [32, 64, 128], whole_numbers, "channels per level; each level halves the resolution"),
-        Flag("--attention", [8], whole_numbers, "feature-map resolutions that get attention"),
+        Flag("--channels", [32, 64, 128], whole_numbers(1, 65536), "channels per level; each halves the resolution"),
+        Flag("--attention", [8], whole_numbers(1, 65536), "feature-map resolutions that get attention"),
         Flag("--layers", 1, whole(1, 16), "ResNet blocks per level"),
         Flag("--head-dim", 32, whole(1, 4096), "channels of an attention head"),
         Flag("--patch-size", 1, whole(1, 16), "fold N x N pixels into channels at the input (space-to-depth)"),
@@ -113,7 +107,7 @@ SETTINGS = {
         Flag("--warmup", 200, whole(0, 10**9), "steps over which the learning rate rises to --lr"),
         Flag("--decay", "cosine", ("cosine", "constant"), "learning rate after the warm-up"),
         Flag("--weight-decay", 0.01, real(0), "decoupled weight decay, multiplied by the learning rate"),
-        Flag("--skip-batches", [], step_numbers, "steps whose batches are skipped, such as those of a divergence"),
+        Flag("--skip-batches", [], whole_numbers(0, 10**9), "steps whose batches are skipped, as after a divergence"),
         Flag("--clip", 1.0, real(1e-6), "gradients are clipped to this norm"),
         Flag("--ema", 500_000, whole(0), "half-life of the weight EMA in images, at most 1/10 of the images seen; "
              "0: no EMA"),
